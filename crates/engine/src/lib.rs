@@ -1,1 +1,3 @@
-//! skeleton
+//! Batch scheduler, sampler and the thread that runs the network.
+
+pub mod api;
