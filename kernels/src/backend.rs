@@ -4,6 +4,10 @@
 //! `C` context tokens. Tensors are row-major; a `rows` argument says how many rows of a tensor's capacity this step
 //! uses (on a GPU: the captured bucket). Operations enqueue on the stream and return at once; an error of the
 //! device surfaces at [`Backend::synchronize`]. Shape errors are found before anything is enqueued.
+//!
+//! Weights of norms, the gate's weight and its bias are F32 `[1, n]` and `[experts, hidden]`; the embedding table is in
+//! the activation type. The row of a token never depends on the other rows of a step, bit for bit: a request gives the
+//! same tokens whatever else is in the batch and however its prompt was cut.
 
 use crate::tensor::{DType, Tensor};
 
@@ -112,7 +116,9 @@ pub struct Columns<'a, M> {
     pub cols: usize,
 }
 
-/// The sequences of a step, in device memory (all I32).
+/// Sequences of a step, in device memory (all I32). A step may be split into several of these (the absorbed sequences
+/// together, every expanded one alone): `query_start[0]` need not be 0, `slots` and `positions` always cover all rows
+/// of the step, and an attention operation reads and writes rows `query_start[0]..query_start[count]` only.
 #[derive(Debug)]
 pub struct Sequences<M> {
     /// `[S + 1]`: query tokens of sequence `s` are rows `query_start[s]..query_start[s + 1]`.
@@ -232,8 +238,10 @@ pub trait Backend: Send + Sync + 'static {
         cols: usize,
         data: &[u8],
     ) -> Result<Tensor<Self::Mem>>;
-    /// A linear layer's weights. `precision` decides the form kept.
-    fn linear(&self, matrix: &HostMatrix<'_>, precision: Precision) -> Result<Self::Linear>;
+    /// A linear layer's weights: the rows of all `parts`, one after the other (q_a | kv_a, gate | up), each part with
+    /// its own blocks of scales, so that a part need not end on a block's limit. Parts share type and inputs.
+    /// `precision` decides the form kept; W8 and W8A8 are asked for FP8 parts only.
+    fn linear(&self, parts: &[HostMatrix<'_>], precision: Precision) -> Result<Self::Linear>;
     /// Room for `slots` experts with `hidden` inputs and `inter` intermediate values.
     fn experts(
         &self,
@@ -344,6 +352,15 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<()>;
     /// `out[i] = x[index[i]]`, `index` I32 `[rows]`: picks the rows that need logits.
     fn gather(
+        &self,
+        stream: &mut Self::Stream,
+        x: &Tensor<Self::Mem>,
+        index: &Tensor<Self::Mem>,
+        rows: usize,
+        out: &mut Tensor<Self::Mem>,
+    ) -> Result<()>;
+    /// `out[index[i]] = x[i]`, `index` I32 `[rows]`, the inverse of [`Backend::gather`] (last states kept for the MTP layer).
+    fn scatter(
         &self,
         stream: &mut Self::Stream,
         x: &Tensor<Self::Mem>,
