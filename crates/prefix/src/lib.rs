@@ -16,27 +16,42 @@ pub type BlockHash = u64;
 /// is used and not a faster hash because a collision that somebody can construct would serve one tenant's cache to
 /// another (reliability.md E3).
 pub fn block_hashes(revision: &str, salt: &[u8], tokens: &[u32]) -> Vec<BlockHash> {
-    let mut parent = root(revision, salt);
+    let mut chain = Chain::new(revision, salt);
     tokens
-        .chunks_exact(BLOCK_TOKENS)
-        .map(|block| {
-            let mut hasher = blake3::Hasher::new_keyed(&parent);
-            for token in block {
-                hasher.update(&token.to_le_bytes());
-            }
-            parent = *hasher.finalize().as_bytes();
-            name(&parent)
-        })
+        .as_chunks::<BLOCK_TOKENS>()
+        .0
+        .iter()
+        .map(|block| chain.push(block))
         .collect()
 }
 
-/// The chain's start: depends on revision and salt only.
-fn root(revision: &str, salt: &[u8]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("hadal.v1 block hash");
-    hasher.update(&(revision.len() as u64).to_le_bytes());
-    hasher.update(revision.as_bytes());
-    hasher.update(salt);
-    *hasher.finalize().as_bytes()
+/// The hashes of a sequence that grows: one block after the other.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    parent: [u8; 32],
+}
+
+impl Chain {
+    /// The chain's start: depends on revision and salt only.
+    pub fn new(revision: &str, salt: &[u8]) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("hadal.v1 block hash");
+        hasher.update(&(revision.len() as u64).to_le_bytes());
+        hasher.update(revision.as_bytes());
+        hasher.update(salt);
+        Self {
+            parent: *hasher.finalize().as_bytes(),
+        }
+    }
+
+    /// The hash of the next full block.
+    pub fn push(&mut self, block: &[u32; BLOCK_TOKENS]) -> BlockHash {
+        let mut hasher = blake3::Hasher::new_keyed(&self.parent);
+        for token in block {
+            hasher.update(&token.to_le_bytes());
+        }
+        self.parent = *hasher.finalize().as_bytes();
+        name(&self.parent)
+    }
 }
 
 /// Zero is kept free for "no hash" on the wire.
