@@ -1,10 +1,13 @@
 //! What a worker asks of an engine. The production engine runs the network on its own thread; the simulator's scripted
 //! engine answers the same calls from a table. Nothing here knows gRPC.
 
-use std::{sync::Arc, time::Instant};
+use std::{fmt, sync::Arc, time::Instant};
 
 use kernels::BlockMemory;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::ExpertLoad;
 
 /// Runs sequences. Calls return at once; what happens is reported on the channel of each [`Running`].
 pub trait Engine: Send + Sync + 'static {
@@ -17,14 +20,22 @@ pub trait Engine: Send + Sync + 'static {
     fn pool(&self) -> &kv::Pool;
     /// The bytes of the pool's blocks, for moving them between processes.
     fn memory(&self) -> Arc<dyn BlockMemory>;
+    /// What lies in a block.
+    fn format(&self) -> &kv::KvFormat;
     /// Fixed facts.
     fn limits(&self) -> Limits;
     /// What it is doing now.
     fn load(&self) -> Load;
+    /// What it has done so far.
+    fn counters(&self) -> Counters;
+    /// Tokens that each logical expert has computed so far.
+    fn experts(&self) -> Arc<ExpertLoad>;
+    /// Takes nothing new from now on; what has not ended by `deadline` ends in [`Error::Draining`].
+    fn drain(&self, deadline: Instant);
 }
 
 /// One sequence to run.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Job {
     /// Name for logs.
     pub request: String,
@@ -40,20 +51,21 @@ pub struct Job {
     pub prompt_logprobs: bool,
     /// Part of the first block's hash: separates tenants' prefix caches.
     pub cache_salt: Vec<u8>,
-    /// It ends in [`Error::Deadline`] when it has not finished by then.
+    /// It ends in [`Error::Deadline`] when it has not finished by then. Make it from tokio's clock
+    /// (`tokio::time::Instant::now().into_std() + d`), so that it holds in simulated time too.
     pub deadline: Instant,
     /// Which part of its life happens here.
     pub phase: Phase,
 }
 
 /// Which part of a sequence's life happens in this engine.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Phase {
-    /// Compute the KV of all tokens, report [`Event::Filled`] layer by layer, sample one token, stop. The blocks stay
-    /// alive until the [`Running`] is dropped.
+    /// Compute the KV of all tokens, report [`Event::Filled`] layer by layer, sample one token, stop. The blocks come
+    /// with [`Event::Started`].
     Prefill,
     /// The KV of all tokens but the last is in these blocks: go on from there.
-    Decode(Arc<kv::Blocks>),
+    Decode(kv::Blocks),
     /// Compute and generate.
     Whole,
 }
@@ -94,20 +106,18 @@ pub struct Stop {
     pub min_tokens: usize,
 }
 
-/// A sequence in the engine. Dropping it cancels the sequence and frees everything it holds.
+/// A sequence in the engine. Dropping it cancels the sequence, and the engine frees all it holds.
 #[derive(Debug)]
 pub struct Running {
     /// What happens. Bounded: a sequence whose reader does not keep up waits, the others do not.
     pub events: mpsc::Receiver<Event>,
-    /// The sequence's blocks, once it has any (for the transfer of a prefill).
-    pub blocks: tokio::sync::watch::Receiver<Option<Arc<kv::Blocks>>>,
     /// Tells the engine when this is dropped.
     pub guard: CancelOnDrop,
 }
 
 /// Cancels a sequence when dropped.
 #[derive(Debug)]
-pub struct CancelOnDrop(pub tokio_util::sync::CancellationToken);
+pub struct CancelOnDrop(pub CancellationToken);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -121,10 +131,14 @@ impl Drop for CancelOnDrop {
 pub enum Event {
     /// It left the queue.
     Started {
-        /// Tokens whose KV a cached prefix supplied.
+        /// Tokens whose KV a cached prefix supplied. Their blocks are complete in all layers.
         cached_tokens: usize,
+        /// In phase `Prefill`, all blocks of the sequence. They stay as they are for as long as this is held, past the
+        /// end of the sequence: whoever sends them holds it.
+        blocks: Option<Arc<kv::Blocks>>,
     },
     /// The KV of tokens `first..end` is now in `layers` of the sequence's blocks (prefill phase only).
+    /// [`kv::complete_blocks`] says which blocks can leave.
     Filled {
         /// First token.
         first: usize,
@@ -135,7 +149,8 @@ pub enum Event {
     },
     /// A new token.
     Token(Token),
-    /// Log probabilities of prompt tokens 1.. (when asked for), before the first token.
+    /// Log probabilities of prompt tokens 1.. (when asked for), before the first token. Their `index` is the position
+    /// in the prompt.
     PromptLogprobs(Vec<Token>),
     /// It ended.
     Finished(Finish),
@@ -230,6 +245,33 @@ pub struct Load {
     pub running: usize,
     /// Sequences waiting.
     pub waiting: usize,
-    /// Tokens accepted and not computed yet.
+    /// Prompt tokens accepted and not computed yet.
     pub waiting_tokens: usize,
+}
+
+/// What an engine has done since it started; each only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Steps of the batch.
+    pub steps: u64,
+    /// Nanoseconds spent in steps.
+    pub step_nanos: u64,
+    /// Tokens whose KV was computed, prompt and generated, recomputed ones again.
+    pub computed_tokens: u64,
+    /// Prompt tokens whose KV came from the prefix cache.
+    pub cached_tokens: u64,
+    /// Tokens chosen.
+    pub generated_tokens: u64,
+    /// Sequences that lost their blocks to an older one and were computed anew.
+    pub preemptions: u64,
+}
+
+impl fmt::Display for Finish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::HandOff => "hand-off",
+        })
+    }
 }
