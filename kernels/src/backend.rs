@@ -176,8 +176,12 @@ pub struct Dispatch<M> {
     pub row_of_copy: Tensor<M>,
 }
 
+/// Bytes lent out of a cache without a copy.
+pub type HostView = Box<dyn AsRef<[u8]> + Send + Sync>;
+
 /// Host access to KV blocks, for moving them between processes. A block is one contiguous piece of memory
-/// (`[layer][64][576]`, gpu.md 8) of [`BlockMemory::block_bytes`] bytes.
+/// (`[layer][64][576]`, page-major) of [`BlockMemory::block_bytes`] bytes. Access is exclusive by layer of a block: one
+/// layer can be sent while the next is computed. Short conflicts are waited for.
 pub trait BlockMemory: Send + Sync + 'static {
     /// Bytes of a block over all layers.
     fn block_bytes(&self) -> usize;
@@ -186,7 +190,7 @@ pub trait BlockMemory: Send + Sync + 'static {
     /// Hands `bytes` of block `block` to `read`.
     ///
     /// # Errors
-    /// If the range is outside the block, or somebody is writing it.
+    /// If the range is outside the block, or somebody keeps writing it.
     fn read(
         &self,
         block: usize,
@@ -196,13 +200,23 @@ pub trait BlockMemory: Send + Sync + 'static {
     /// Lets `write` fill `bytes` of block `block`.
     ///
     /// # Errors
-    /// If the range is outside the block, or somebody is reading or writing it.
+    /// If the range is outside the block, or somebody keeps reading or writing it.
     fn write(
         &self,
         block: usize,
         bytes: std::ops::Range<usize>,
         write: &mut dyn FnMut(&mut [u8]),
     ) -> Result<()>;
+    /// Lends `bytes` of a block without a copy, where the cache is in host memory. Layers that a view touches cannot be
+    /// written while it lives, so view only what is complete; the holder keeps the block from being reused.
+    fn view(
+        self: std::sync::Arc<Self>,
+        block: usize,
+        bytes: std::ops::Range<usize>,
+    ) -> Option<HostView> {
+        let _ = (block, bytes);
+        None
+    }
 }
 
 /// A device and the operations on it. See the module documentation for conventions.

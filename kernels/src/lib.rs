@@ -5,7 +5,10 @@
 //! lengths and expert counts from device memory, and never copies to the host behind the caller's back.
 
 pub mod backend;
+pub mod cpu;
+pub mod fp8;
 pub mod tensor;
 
 pub use backend::{Backend, BlockMemory, Error, Precision, Result};
+pub use cpu::Cpu;
 pub use tensor::{DType, Tensor};

@@ -1,0 +1,826 @@
+//! `Backend` for the CPU: every argument is checked here, so that the loops below only compute.
+
+use super::cache::{BLOCK_TOKENS, Cache};
+use super::memory::Memory;
+use super::pool::Pool;
+use super::views::{Acts, Rows, Seqs, Sink, device, ensure, f32s, f32s_mut, i32s, i32s_mut, shape};
+use super::weights::Matrix;
+use super::{Cpu, Expert, Experts, Heads, Linear, Stream, reference};
+use crate::backend::{
+    Backend, Columns, Dispatch, Error, GateShape, HostMatrix, Input, Output, Precision, Quantised,
+    Result, Routing, ScaleFormat, Sequences,
+};
+use crate::tensor::{DType, Tensor};
+
+impl Backend for Cpu {
+    type Mem = Memory;
+    type Stream = Stream;
+    type Linear = Linear;
+    type Experts = Experts;
+    type Heads = Heads;
+    type Cache = Cache;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn activation(&self, _precision: Precision) -> DType {
+        DType::F32
+    }
+
+    fn stream(&self) -> Result<Stream> {
+        let pool = Pool::new(self.threads).map_err(|e| Error::Device {
+            op: "stream",
+            detail: e.to_string(),
+        })?;
+        Ok(Stream { pool })
+    }
+
+    fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor<Memory>> {
+        let bytes = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.bytes()))
+            .ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
+        Ok(Tensor {
+            mem: Memory::zeroed(bytes)?,
+            dtype,
+            rows,
+            cols,
+        })
+    }
+
+    fn import(
+        &self,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+        data: &[u8],
+    ) -> Result<Tensor<Memory>> {
+        ensure(data.len() == rows * cols * dtype.bytes(), "import", || {
+            format!("{} bytes for [{rows}, {cols}] of {dtype:?}", data.len())
+        })?;
+        Ok(Tensor {
+            mem: Memory::copied(data)?,
+            dtype,
+            rows,
+            cols,
+        })
+    }
+
+    fn linear(&self, parts: &[HostMatrix<'_>], precision: Precision) -> Result<Linear> {
+        Ok(Linear(Matrix::new("linear", parts, precision)?))
+    }
+
+    fn experts(
+        &self,
+        slots: usize,
+        hidden: usize,
+        inter: usize,
+        precision: Precision,
+    ) -> Result<Experts> {
+        Ok(Experts {
+            hidden,
+            inter,
+            precision,
+            slots: (0..slots).map(|_| None).collect(),
+        })
+    }
+
+    fn load_expert(
+        &self,
+        experts: &mut Experts,
+        slot: usize,
+        gate: &HostMatrix<'_>,
+        up: &HostMatrix<'_>,
+        down: &HostMatrix<'_>,
+    ) -> Result<()> {
+        let op = "load_expert";
+        let (hidden, inter) = (experts.hidden, experts.inter);
+        for (name, m, rows, cols) in [
+            ("gate", gate, inter, hidden),
+            ("up", up, inter, hidden),
+            ("down", down, hidden, inter),
+        ] {
+            ensure(m.rows == rows && m.cols == cols, op, || {
+                format!("{name} is [{}, {}], not [{rows}, {cols}]", m.rows, m.cols)
+            })?;
+        }
+        let expert = Expert {
+            gate_up: Matrix::new(op, &[gate.clone(), up.clone()], experts.precision)?,
+            down: Matrix::new(op, std::slice::from_ref(down), experts.precision)?,
+        };
+        let count = experts.slots.len();
+        let Some(place) = experts.slots.get_mut(slot) else {
+            return shape(op, format!("slot {slot} of {count}"));
+        };
+        *place = Some(expert);
+        Ok(())
+    }
+
+    fn heads(
+        &self,
+        heads: usize,
+        out: usize,
+        inp: usize,
+        data: &[f32],
+        precision: Precision,
+    ) -> Result<Heads> {
+        ensure(
+            data.len() == heads * out * inp && !data.is_empty(),
+            "heads",
+            || format!("{} values for [{heads}, {out}, {inp}]", data.len()),
+        )?;
+        let heads = data.chunks_exact(out * inp).map(|head| {
+            let part = HostMatrix {
+                dtype: DType::F32,
+                rows: out,
+                cols: inp,
+                data: bytemuck::cast_slice(head),
+                scales: None,
+            };
+            Matrix::new("heads", &[part], precision)
+        });
+        Ok(Heads {
+            out,
+            inp,
+            heads: heads.collect::<Result<_>>()?,
+        })
+    }
+
+    fn cache(&self, blocks: usize, layers: usize, width: usize, dtype: DType) -> Result<Cache> {
+        Cache::new(blocks, layers, width, dtype)
+    }
+
+    fn upload(&self, _: &mut Stream, data: &[u8], to: &mut Tensor<Memory>) -> Result<()> {
+        let Some(to) = to.mem.slice_mut().get_mut(..data.len()) else {
+            return shape("upload", format!("{} bytes do not fit", data.len()));
+        };
+        to.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn download(&self, _: &mut Stream, from: &Tensor<Memory>, data: &mut [u8]) -> Result<()> {
+        let Some(from) = from.mem.slice().get(..data.len()) else {
+            return shape("download", format!("{} bytes asked for", data.len()));
+        };
+        data.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn synchronize(&self, _: &mut Stream) -> Result<()> {
+        Ok(())
+    }
+
+    fn embed(
+        &self,
+        stream: &mut Stream,
+        table: &Tensor<Memory>,
+        tokens: &Tensor<Memory>,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        self.gather(stream, table, tokens, rows, out)
+    }
+
+    fn add_norm(
+        &self,
+        _: &mut Stream,
+        residual: &mut Tensor<Memory>,
+        delta: Option<&Tensor<Memory>>,
+        weight: &Tensor<Memory>,
+        eps: f32,
+        rows: usize,
+        out: Output<'_, Memory>,
+    ) -> Result<()> {
+        let op = "add_norm";
+        let hidden = residual.cols;
+        let delta = delta.map(|d| Rows::of(op, d, rows)).transpose()?;
+        let widths = [weight.cols, delta.map_or(hidden, |d| d.cols)];
+        ensure(widths == [hidden, hidden], op, || {
+            format!("residual of {hidden}, weight and delta of {widths:?}")
+        })?;
+        let out = Sink::of(op, out, hidden, rows)?;
+        let residual = f32s_mut(op, residual, rows)?;
+        reference::add_norm(residual, delta, f32s(op, weight, 1)?, eps, rows, &out);
+        Ok(())
+    }
+
+    fn norm(
+        &self,
+        _: &mut Stream,
+        x: Columns<'_, Memory>,
+        weight: &Tensor<Memory>,
+        eps: f32,
+        rows: usize,
+        out: Output<'_, Memory>,
+    ) -> Result<()> {
+        let op = "norm";
+        let x = Rows::columns(op, &x, rows)?;
+        ensure(weight.cols == x.cols, op, || {
+            format!("{} columns, weight of {}", x.cols, weight.cols)
+        })?;
+        let out = Sink::of(op, out, x.cols, rows)?;
+        reference::norm(x, f32s(op, weight, 1)?, eps, rows, &out);
+        Ok(())
+    }
+
+    fn quantise(
+        &self,
+        _: &mut Stream,
+        x: &Tensor<Memory>,
+        rows: usize,
+        scale: ScaleFormat,
+        out: &mut Quantised<Memory>,
+    ) -> Result<()> {
+        let x = Rows::of("quantise", x, rows)?;
+        let out = Output {
+            plain: None,
+            quantised: Some((out, scale)),
+        };
+        reference::quantise(x, rows, &Sink::of("quantise", out, x.cols, rows)?);
+        Ok(())
+    }
+
+    fn matmul(
+        &self,
+        _: &mut Stream,
+        x: Input<'_, Memory>,
+        weight: &Linear,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "matmul";
+        let x = Acts::of(op, &x, rows)?;
+        let Linear(weight) = weight;
+        fits(op, weight, x.cols(), out.cols)?;
+        let stride = out.cols;
+        reference::matmul(x, &|i| i, weight, rows, f32s_mut(op, out, rows)?, stride);
+        Ok(())
+    }
+
+    fn swiglu(
+        &self,
+        _: &mut Stream,
+        gate_up: &Tensor<Memory>,
+        rows: usize,
+        out: Output<'_, Memory>,
+    ) -> Result<()> {
+        let op = "swiglu";
+        let gate_up = Rows::of(op, gate_up, rows)?;
+        ensure(gate_up.cols.is_multiple_of(2), op, || {
+            format!("{} columns are no gate and up", gate_up.cols)
+        })?;
+        let out = Sink::of(op, out, gate_up.cols / 2, rows)?;
+        reference::swiglu(gate_up, rows, &out);
+        Ok(())
+    }
+
+    fn gather(
+        &self,
+        _: &mut Stream,
+        x: &Tensor<Memory>,
+        index: &Tensor<Memory>,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "gather";
+        let index = i32s(op, index, rows)?;
+        within(op, index, x.rows)?;
+        same_width(op, x, out)?;
+        let pairs = index
+            .iter()
+            .enumerate()
+            .map(|(i, from)| (*from as usize, i));
+        reference::copy_rows(
+            f32s(op, x, x.rows)?,
+            f32s_mut(op, out, rows)?,
+            x.cols,
+            pairs,
+        );
+        Ok(())
+    }
+
+    fn scatter(
+        &self,
+        _: &mut Stream,
+        x: &Tensor<Memory>,
+        index: &Tensor<Memory>,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "scatter";
+        let index = i32s(op, index, rows)?;
+        within(op, index, out.rows)?;
+        same_width(op, x, out)?;
+        let (all, cols) = (out.rows, out.cols);
+        let pairs = index.iter().enumerate().map(|(i, to)| (i, *to as usize));
+        reference::copy_rows(f32s(op, x, rows)?, f32s_mut(op, out, all)?, cols, pairs);
+        Ok(())
+    }
+
+    fn concat(
+        &self,
+        _: &mut Stream,
+        a: &Tensor<Memory>,
+        b: &Tensor<Memory>,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "concat";
+        ensure(out.cols == a.cols + b.cols, op, || {
+            format!("{} + {} columns into {}", a.cols, b.cols, out.cols)
+        })?;
+        let (a, b) = (Rows::of(op, a, rows)?, Rows::of(op, b, rows)?);
+        reference::concat(a, b, rows, f32s_mut(op, out, rows)?);
+        Ok(())
+    }
+
+    fn rope(
+        &self,
+        _: &mut Stream,
+        q: &mut Tensor<Memory>,
+        heads: usize,
+        nope: usize,
+        rope: usize,
+        table: &Tensor<Memory>,
+        positions: &Tensor<Memory>,
+        rows: usize,
+    ) -> Result<()> {
+        let op = "rope";
+        ensure(
+            q.cols == heads * (nope + rope)
+                && table.cols == rope
+                && rope.is_multiple_of(2)
+                && heads > 0,
+            op,
+            || {
+                format!(
+                    "rows of {} for {heads} heads of {nope} + {rope}, table of {}",
+                    q.cols, table.cols
+                )
+            },
+        )?;
+        let positions = i32s(op, positions, rows)?;
+        within(op, positions, table.rows)?;
+        let table = f32s(op, table, table.rows)?;
+        reference::rope(f32s_mut(op, q, rows)?, heads, nope, rope, table, positions);
+        Ok(())
+    }
+
+    fn cache_write(
+        &self,
+        _: &mut Stream,
+        kv: Columns<'_, Memory>,
+        weight: &Tensor<Memory>,
+        eps: f32,
+        table: &Tensor<Memory>,
+        seqs: &Sequences<Memory>,
+        layer: usize,
+        rows: usize,
+        cache: &Cache,
+    ) -> Result<()> {
+        let op = "cache_write";
+        let kv = Rows::columns(op, &kv, rows)?;
+        let rope = table.cols;
+        ensure(
+            kv.cols == cache.width
+                && kv.cols == weight.cols + rope
+                && rope.is_multiple_of(2)
+                && layer < cache.layers,
+            op,
+            || {
+                format!(
+                    "{} columns, weight of {}, table of {rope}, layer {layer} of a cache of {} x {}",
+                    kv.cols, weight.cols, cache.layers, cache.width
+                )
+            },
+        )?;
+        let slots = i32s(op, &seqs.slots, rows)?;
+        let positions = i32s(op, &seqs.positions, rows)?;
+        within(op, positions, table.rows)?;
+        let end = cache.blocks * BLOCK_TOKENS;
+        if let Some(slot) = slots
+            .iter()
+            .find(|slot| **slot >= 0 && **slot as usize >= end)
+        {
+            return device(op, format!("slot {slot} of {end}"));
+        }
+        let weight = f32s(op, weight, 1)?;
+        let table = f32s(op, table, table.rows)?;
+        reference::cache_write(kv, weight, eps, table, slots, positions, layer, cache)
+    }
+
+    fn absorb_query(
+        &self,
+        _: &mut Stream,
+        q: &Tensor<Memory>,
+        w_uk: &Heads,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "absorb_query";
+        let (heads, latent, nope) = (w_uk.heads.len(), w_uk.out, w_uk.inp);
+        let width = out.cols / heads;
+        let (q, per_head) = (Rows::of(op, q, rows)?, q.cols / heads);
+        let rope = width.saturating_sub(latent);
+        ensure(
+            out.cols == heads * (latent + rope) && q.cols == heads * (nope + rope),
+            op,
+            || {
+                format!(
+                    "{} to {} columns by {heads} of [{latent}, {nope}]",
+                    q.cols, out.cols
+                )
+            },
+        )?;
+        let stride = out.cols;
+        let out = f32s_mut(op, out, rows)?;
+        for (h, weight) in w_uk.heads.iter().enumerate() {
+            let head = q.part(h * per_head, per_head);
+            for t in 0..rows {
+                out[t * stride + h * width + latent..][..rope]
+                    .copy_from_slice(&head.row(t)[nope..]);
+            }
+            let x = Acts::Plain(head.part(0, nope));
+            if rows > 0 {
+                reference::matmul(x, &|i| i, weight, rows, &mut out[h * width..], stride);
+            }
+        }
+        Ok(())
+    }
+
+    fn attend_absorbed(
+        &self,
+        _: &mut Stream,
+        q: &Tensor<Memory>,
+        cache: &Cache,
+        layer: usize,
+        seqs: &Sequences<Memory>,
+        heads: usize,
+        scale: f32,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "attend_absorbed";
+        let latent = out.cols / heads.max(1);
+        ensure(
+            heads > 0
+                && layer < cache.layers
+                && q.cols == heads * cache.width
+                && out.cols == heads * latent
+                && latent <= cache.width,
+            op,
+            || {
+                format!(
+                    "{} to {} columns, {heads} heads, layer {layer} of a cache of {} x {}",
+                    q.cols, out.cols, cache.layers, cache.width
+                )
+            },
+        )?;
+        let seqs = Seqs::of(op, seqs, rows, cache.blocks, BLOCK_TOKENS)?;
+        let (q, out) = (Rows::of(op, q, rows)?, f32s_mut(op, out, rows)?);
+        reference::attend_absorbed(q, cache, layer, seqs, heads, scale, out)
+    }
+
+    fn absorb_value(
+        &self,
+        _: &mut Stream,
+        x: &Tensor<Memory>,
+        w_uv: &Heads,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "absorb_value";
+        let (heads, value, latent) = (w_uv.heads.len(), w_uv.out, w_uv.inp);
+        ensure(
+            x.cols == heads * latent && out.cols == heads * value,
+            op,
+            || {
+                format!(
+                    "{} to {} columns by {heads} of [{value}, {latent}]",
+                    x.cols, out.cols
+                )
+            },
+        )?;
+        let (x, stride) = (Rows::of(op, x, rows)?, out.cols);
+        let out = f32s_mut(op, out, rows)?;
+        for (h, weight) in w_uv.heads.iter().enumerate() {
+            let x = Acts::Plain(x.part(h * latent, latent));
+            if rows > 0 {
+                reference::matmul(x, &|i| i, weight, rows, &mut out[h * value..], stride);
+            }
+        }
+        Ok(())
+    }
+
+    fn cache_read(
+        &self,
+        _: &mut Stream,
+        cache: &Cache,
+        layer: usize,
+        seqs: &Sequences<Memory>,
+        context_start: &Tensor<Memory>,
+        rows: usize,
+        latent: &mut Tensor<Memory>,
+        rope: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "cache_read";
+        let widths = (latent.cols, rope.cols);
+        ensure(
+            widths.0 + widths.1 == cache.width && layer < cache.layers,
+            op,
+            || {
+                format!(
+                    "columns {widths:?}, layer {layer} of {} x {}",
+                    cache.layers, cache.width
+                )
+            },
+        )?;
+        let seqs = Seqs::of(op, seqs, usize::MAX >> 1, cache.blocks, BLOCK_TOKENS)?;
+        let start = starts(op, context_start, seqs, rows)?;
+        let latent = (f32s_mut(op, latent, rows)?, widths.0);
+        let rope = (f32s_mut(op, rope, rows)?, widths.1);
+        reference::cache_read(cache, layer, seqs, start, latent, rope)
+    }
+
+    fn attend_expanded(
+        &self,
+        _: &mut Stream,
+        q: &Tensor<Memory>,
+        kv: &Tensor<Memory>,
+        rope: &Tensor<Memory>,
+        seqs: &Sequences<Memory>,
+        context_start: &Tensor<Memory>,
+        heads: usize,
+        scale: f32,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "attend_expanded";
+        let value = out.cols / heads.max(1);
+        let nope = (q.cols / heads.max(1)).saturating_sub(rope.cols);
+        ensure(
+            heads > 0
+                && q.cols == heads * (nope + rope.cols)
+                && kv.cols == heads * (nope + value)
+                && out.cols == heads * value,
+            op,
+            || {
+                format!(
+                    "q of {}, kv of {}, rope of {}, out of {}, {heads} heads",
+                    q.cols, kv.cols, rope.cols, out.cols
+                )
+            },
+        )?;
+        // The keys are at hand: the block table is not looked at.
+        let seqs = Seqs::of(op, seqs, rows, usize::MAX, BLOCK_TOKENS)?;
+        let start = starts(op, context_start, seqs, kv.rows.min(rope.rows))?;
+        let q = Rows::of(op, q, rows)?;
+        let (kv, rope) = (Rows::of(op, kv, kv.rows)?, Rows::of(op, rope, rope.rows)?);
+        let out = f32s_mut(op, out, rows)?;
+        reference::attend_expanded(q, kv, rope, seqs, start, heads, scale, out);
+        Ok(())
+    }
+
+    fn gate(
+        &self,
+        _: &mut Stream,
+        x: &Tensor<Memory>,
+        weight: &Tensor<Memory>,
+        bias: &Tensor<Memory>,
+        shape: &GateShape,
+        rows: usize,
+        out: &mut Routing<Memory>,
+        counts: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "gate";
+        let (n, k) = (shape.experts, shape.top_k);
+        ensure(
+            shape.groups > 0
+                && n.is_multiple_of(shape.groups)
+                && (1..=shape.groups).contains(&shape.top_groups)
+                && (1..=n / shape.groups * shape.top_groups).contains(&k),
+            op,
+            || format!("impossible {shape:?}"),
+        )?;
+        ensure(
+            weight.rows >= n
+                && weight.cols == x.cols
+                && out.experts.cols == k
+                && out.weights.cols == k,
+            op,
+            || {
+                format!(
+                    "x of {}, weight [{}, {}], top {k} into {} and {}",
+                    x.cols, weight.rows, weight.cols, out.experts.cols, out.weights.cols
+                )
+            },
+        )?;
+        let bias_rows = bias.rows;
+        let bias = f32s(op, bias, bias_rows)?;
+        ensure(bias.len() >= n, op, || {
+            format!("{} biases for {n} experts", bias.len())
+        })?;
+        reference::gate(
+            Rows::of(op, x, rows)?,
+            f32s(op, weight, n)?,
+            &bias[..n],
+            shape,
+            i32s_mut(op, &mut out.experts, rows * k)?,
+            f32s_mut(op, &mut out.weights, rows)?,
+            i32s_mut(op, counts, n)?,
+        );
+        Ok(())
+    }
+
+    fn dispatch(
+        &self,
+        _: &mut Stream,
+        routing: &Routing<Memory>,
+        slot_of_expert: &Tensor<Memory>,
+        rows: usize,
+        slots: usize,
+        out: &mut Dispatch<Memory>,
+    ) -> Result<()> {
+        let op = "dispatch";
+        let (top_k, width) = (routing.experts.cols, slot_of_expert.cols);
+        ensure(top_k > 0 && width > 1, op, || {
+            format!("top {top_k}, {width} columns of slots")
+        })?;
+        let copies = rows * top_k;
+        reference::dispatch(
+            i32s(op, &routing.experts, copies)?,
+            top_k,
+            i32s(op, slot_of_expert, slot_of_expert.rows * width)?,
+            width,
+            i32s_mut(op, &mut out.offsets, slots + 1)?,
+            i32s_mut(op, &mut out.copy_of_row, copies)?,
+            i32s_mut(op, &mut out.row_of_copy, copies)?,
+        )
+    }
+
+    fn experts_gate_up(
+        &self,
+        _: &mut Stream,
+        x: Input<'_, Memory>,
+        experts: &Experts,
+        dispatch: &Dispatch<Memory>,
+        copies: usize,
+        top_k: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "experts_gate_up";
+        ensure(top_k > 0 && copies.is_multiple_of(top_k), op, || {
+            format!("{copies} copies of top {top_k}")
+        })?;
+        let x = Acts::of(op, &x, copies / top_k)?;
+        let copy_of_row = i32s(op, &dispatch.copy_of_row, copies)?;
+        within(op, copy_of_row, copies)?;
+        let stride = out.cols;
+        let out = f32s_mut(op, out, copies)?;
+        for (expert, rows) in groups(op, experts, dispatch, copies)? {
+            fits(op, &expert.gate_up, x.cols(), stride)?;
+            let token = |i| copy_of_row[rows.start + i] as usize / top_k;
+            let out = &mut out[rows.start * stride..];
+            reference::matmul(x, &token, &expert.gate_up, rows.len(), out, stride);
+        }
+        Ok(())
+    }
+
+    fn experts_down(
+        &self,
+        _: &mut Stream,
+        x: Input<'_, Memory>,
+        experts: &Experts,
+        dispatch: &Dispatch<Memory>,
+        copies: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "experts_down";
+        let x = Acts::of(op, &x, copies)?;
+        let stride = out.cols;
+        let out = f32s_mut(op, out, copies)?;
+        for (expert, rows) in groups(op, experts, dispatch, copies)? {
+            fits(op, &expert.down, x.cols(), stride)?;
+            let out = &mut out[rows.start * stride..];
+            reference::matmul(
+                x,
+                &|i| rows.start + i,
+                &expert.down,
+                rows.len(),
+                out,
+                stride,
+            );
+        }
+        Ok(())
+    }
+
+    fn combine(
+        &self,
+        _: &mut Stream,
+        y: &Tensor<Memory>,
+        routing: &Routing<Memory>,
+        dispatch: &Dispatch<Memory>,
+        shared: Option<&Tensor<Memory>>,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "combine";
+        let top_k = routing.weights.cols;
+        let copies = rows * top_k;
+        let shared = shared.map(|s| Rows::of(op, s, rows)).transpose()?;
+        let widths = [out.cols, shared.map_or(out.cols, |s| s.cols)];
+        ensure(widths == [y.cols, y.cols], op, || {
+            format!("y of {}, output and shared of {widths:?}", y.cols)
+        })?;
+        let row_of_copy = i32s(op, &dispatch.row_of_copy, copies)?;
+        within(op, row_of_copy, copies)?;
+        let y = Rows::of(op, y, copies)?;
+        let weights = f32s(op, &routing.weights, rows)?;
+        let out = f32s_mut(op, out, rows)?;
+        reference::combine(y, weights, row_of_copy, top_k, shared, out);
+        Ok(())
+    }
+
+    fn argmax(
+        &self,
+        _: &mut Stream,
+        logits: &Tensor<Memory>,
+        rows: usize,
+        out: &mut Tensor<Memory>,
+    ) -> Result<()> {
+        let op = "argmax";
+        ensure(logits.cols > 0, op, || "rows of nothing".into())?;
+        reference::argmax(Rows::of(op, logits, rows)?, i32s_mut(op, out, rows)?);
+        Ok(())
+    }
+}
+
+/// Checks a product's inputs and outputs.
+fn fits(op: &'static str, weight: &Matrix, inputs: usize, outputs: usize) -> Result<()> {
+    ensure(weight.cols == inputs && weight.rows == outputs, op, || {
+        format!(
+            "{inputs} to {outputs} columns by [{}, {}]",
+            weight.rows, weight.cols
+        )
+    })
+}
+
+fn same_width(op: &'static str, a: &Tensor<Memory>, b: &Tensor<Memory>) -> Result<()> {
+    ensure(a.cols == b.cols, op, || {
+        format!("{} and {} columns", a.cols, b.cols)
+    })
+}
+
+/// Checks that every index is in `0..end`.
+fn within(op: &'static str, index: &[i32], end: usize) -> Result<()> {
+    match index.iter().find(|i| **i < 0 || **i as usize >= end) {
+        Some(i) => device(op, format!("index {i} of {end}")),
+        None => Ok(()),
+    }
+}
+
+/// Where each sequence's context begins, checked to end within `rows`.
+fn starts<'a>(
+    op: &'static str,
+    context_start: &'a Tensor<Memory>,
+    seqs: Seqs<'_>,
+    rows: usize,
+) -> Result<&'a [i32]> {
+    let start = i32s(op, context_start, seqs.count)?;
+    for (s, first) in start.iter().enumerate() {
+        if *first < 0 || *first as usize + seqs.context(s) > rows {
+            return device(
+                op,
+                format!("context {s}: {first} + {} of {rows}", seqs.context(s)),
+            );
+        }
+    }
+    Ok(start)
+}
+
+/// Every slot that has rows, with its rows.
+fn groups<'a>(
+    op: &'static str,
+    experts: &'a Experts,
+    dispatch: &Dispatch<Memory>,
+    copies: usize,
+) -> Result<Vec<(&'a Expert, std::ops::Range<usize>)>> {
+    let offsets = i32s(op, &dispatch.offsets, experts.slots.len() + 1)?;
+    let mut groups = Vec::new();
+    for (slot, expert) in experts.slots.iter().enumerate() {
+        let (start, end) = (offsets[slot], offsets[slot + 1]);
+        if start < 0 || end < start || end as usize > copies {
+            return device(
+                op,
+                format!("slot {slot} has rows {start}..{end} of {copies}"),
+            );
+        }
+        match expert {
+            Some(expert) if start < end => groups.push((expert, start as usize..end as usize)),
+            None if start < end => return device(op, format!("slot {slot} is empty")),
+            _ => {}
+        }
+    }
+    Ok(groups)
+}

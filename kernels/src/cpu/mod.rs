@@ -1,0 +1,73 @@
+//! The CPU backend: the embedded default, and in its [`Cpu::reference`] form the oracle for every other backend.
+//!
+//! Activations are float32 in every precision; weights stay as small as the precision says; the cache rounds to its own
+//! type. Sums have one fixed order per output value, whatever the threads, the instruction set or the other rows.
+
+mod backend;
+mod cache;
+mod memory;
+mod pool;
+mod reference;
+mod views;
+mod weights;
+
+pub use cache::Cache;
+pub use memory::Memory;
+
+use pool::Pool;
+use weights::Matrix;
+
+/// A device made of the machine's own cores.
+#[derive(Debug)]
+pub struct Cpu {
+    threads: usize,
+}
+
+impl Cpu {
+    /// A backend whose streams compute with `threads` threads each (at least one, the caller's).
+    pub fn new(threads: usize) -> Self {
+        Self {
+            threads: threads.max(1),
+        }
+    }
+
+    /// The oracle: plain loops on one thread.
+    pub fn reference() -> Self {
+        Self { threads: 1 }
+    }
+}
+
+/// Operations run in the caller's thread and those of the stream's pool; they are done when they return.
+#[derive(Debug)]
+pub struct Stream {
+    pool: Pool,
+}
+
+/// Weights of a linear layer.
+#[derive(Debug)]
+pub struct Linear(Matrix);
+
+/// Weights of a layer's experts by slot.
+#[derive(Debug)]
+pub struct Experts {
+    hidden: usize,
+    inter: usize,
+    precision: crate::backend::Precision,
+    slots: Vec<Option<Expert>>,
+}
+
+#[derive(Debug)]
+struct Expert {
+    /// `[gate | up]`, `[2 * inter, hidden]`.
+    gate_up: Matrix,
+    /// `[hidden, inter]`.
+    down: Matrix,
+}
+
+/// One `[out, in]` matrix a head.
+#[derive(Debug)]
+pub struct Heads {
+    out: usize,
+    inp: usize,
+    heads: Vec<Matrix>,
+}

@@ -1,0 +1,14 @@
+//! Every operation as plain loops with float32 sums: the oracle that the fast path, and a GPU, are compared with.
+//! Read these first; they are never made faster.
+
+mod attention;
+mod linear;
+mod moe;
+mod rows;
+
+pub(super) use attention::{attend_absorbed, attend_expanded, cache_read, cache_write};
+pub(super) use linear::matmul;
+pub(super) use moe::{combine, dispatch, gate};
+pub(super) use rows::{
+    add_norm, argmax, concat, copy_rows, norm, quantise, quantise_row, rope, swiglu,
+};
