@@ -1,2 +1,59 @@
-//! skeleton
-fn main() {}
+//! The `hadal` command: a whole deployment on one machine, ways to talk with it and to measure it, and every role that
+//! a process of a deployment can play.
+
+mod bench;
+mod chat;
+mod client;
+mod format;
+mod reference;
+mod sse;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Serve DeepSeek-V3 with prompt processing and token generation in pools of their own
+#[derive(Debug, Parser)]
+#[command(name = "hadal", version)]
+struct Cli {
+    #[command(flatten)]
+    log: telemetry::log::Args,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(up::Args),
+    Chat(chat::Args),
+    Bench(bench::Args),
+    /// Print the reference of flags or metrics in Markdown
+    #[command(hide = true)]
+    Reference {
+        #[arg(value_enum)]
+        page: reference::Page,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let Cli { log, command } = Cli::parse();
+    if let Err(error) = telemetry::log::init(&log) {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
+    let done = match command {
+        Command::Up(args) => up::run(args, &log).await,
+        Command::Chat(args) => chat::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
+        Command::Reference { page } => reference::print::<Cli>(page),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

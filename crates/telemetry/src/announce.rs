@@ -1,7 +1,7 @@
 //! What a process tells the one that started it: one JSON object a line on standard output, which carries nothing else.
 //! `hadal up` reads these from its children; a person or a script can as well.
 
-use std::{collections::BTreeMap, io, io::Write};
+use std::{collections::BTreeMap, fmt, io, io::Write, process::ExitCode};
 
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,19 @@ impl Announcement {
         out.write_all(line.as_bytes())?;
         out.flush()
     }
+}
+
+/// The end of a process's `main`: tells the parent and the log why it failed, if it did.
+pub fn exit_code<E: fmt::Display>(result: Result<(), E>) -> ExitCode {
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    // With `anyhow` the alternate form is the whole chain of causes.
+    let error = format!("{error:#}");
+    tracing::error!(error, "cannot go on");
+    // A closed output means that the parent is gone and does not need to know.
+    let _ = Announcement::Failed { error }.emit();
+    ExitCode::FAILURE
 }
 
 #[cfg(test)]

@@ -1,0 +1,173 @@
+//! `cargo xtask test`: every check and every test, and one line at the end that says how it went.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use crate::{docs, layers, python, run, workspace};
+
+/// What to run.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Also what takes long: ignored tests, and more seeds where a test asks for HADAL_DEEP
+    #[arg(long)]
+    deep: bool,
+    /// Only tests, not formatting, lints, layers and pages
+    #[arg(long)]
+    tests_only: bool,
+    /// Only tests whose name holds this
+    filter: Option<String>,
+}
+
+/// Tests that were counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+/// Runs everything, also after a failure: one run should show all that is wrong.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let mut steps = Steps::default();
+    if !args.tests_only {
+        steps.step("formatting", || {
+            run::run(workspace::cargo().args(["fmt", "--all", "--check"]))
+        });
+        steps.step("layers", layers::run);
+        steps.step("lints", || {
+            run::run(workspace::cargo().args([
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ]))
+        });
+    }
+    let mut counts = Counts::default();
+    steps.step("tests", || tests(args, &mut counts));
+    if !args.tests_only {
+        steps.step("pages", || docs::run(true));
+    }
+    steps.finish(counts)
+}
+
+fn tests(args: &Args, counts: &mut Counts) -> anyhow::Result<()> {
+    let python = python::interpreter().context("installing what the end-to-end tests need")?;
+    let mut command = workspace::cargo();
+    command.args(["test", "--workspace", "--no-fail-fast"]);
+    command.env("HADAL_TEST_PYTHON", python);
+    if let Some(filter) = &args.filter {
+        command.arg(filter);
+    }
+    if args.deep {
+        command
+            .env("HADAL_DEEP", "1")
+            .args(["--", "--include-ignored"]);
+    }
+    let mut suites = 0;
+    let passed = run::watch(&mut command, |line| {
+        if let Some(suite) = parse_result(line) {
+            suites += 1;
+            counts.passed += suite.passed;
+            counts.failed += suite.failed;
+            counts.ignored += suite.ignored;
+        }
+    })?;
+    if suites == 0 || !passed {
+        bail!(
+            "{} of {} tests failed",
+            counts.failed,
+            counts.passed + counts.failed
+        );
+    }
+    Ok(())
+}
+
+/// Reads "test result: ok. 5 passed; 0 failed; 1 ignored; ...".
+fn parse_result(line: &str) -> Option<Counts> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut numbers = counts
+        .split("; ")
+        .map(|part| part.split(' ').next()?.parse().ok());
+    let mut number = || numbers.next()?;
+    Some(Counts {
+        passed: number()?,
+        failed: number()?,
+        ignored: number()?,
+    })
+}
+
+/// What was done, how long it took, and what went wrong.
+#[derive(Default)]
+struct Steps {
+    done: Vec<(&'static str, Duration, anyhow::Result<()>)>,
+}
+
+impl Steps {
+    fn step(&mut self, name: &'static str, work: impl FnOnce() -> anyhow::Result<()>) {
+        eprintln!("==> {name}");
+        let start = Instant::now();
+        let result = work();
+        if let Err(error) = &result {
+            eprintln!("error: {name}: {error:#}");
+        }
+        self.done.push((name, start.elapsed(), result));
+    }
+
+    fn finish(self, counts: Counts) -> anyhow::Result<()> {
+        println!();
+        for (name, took, result) in &self.done {
+            let word = if result.is_ok() { "ok" } else { "FAILED" };
+            println!("{name:12} {word:8} {:>6.1} s", took.as_secs_f64());
+        }
+        let broken = self
+            .done
+            .iter()
+            .filter(|(.., result)| result.is_err())
+            .count();
+        let Counts {
+            passed,
+            failed,
+            ignored,
+        } = counts;
+        println!("{passed} passed, {failed} failed, {ignored} ignored");
+        if broken > 0 {
+            bail!("{broken} of {} steps failed", self.done.len());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_a_suite_are_read() {
+        let line = "test result: ok. 12 passed; 1 failed; 3 ignored; 0 measured; 0 filtered out";
+        assert_eq!(
+            parse_result(line),
+            Some(Counts {
+                passed: 12,
+                failed: 1,
+                ignored: 3
+            })
+        );
+        assert_eq!(parse_result("test a_b ... ok"), None);
+    }
+
+    #[test]
+    fn one_broken_step_fails_the_whole_run() {
+        let mut steps = Steps::default();
+        steps.step("good", || Ok(()));
+        assert!(steps.finish(Counts::default()).is_ok());
+        let mut steps = Steps::default();
+        steps.step("bad", || bail!("broken"));
+        steps.step("good", || Ok(()));
+        assert!(steps.finish(Counts::default()).is_err());
+    }
+}
