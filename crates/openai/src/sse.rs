@@ -86,7 +86,7 @@ mod tests {
         let (mut decoder, mut events) = (Decoder::new(), Vec::new());
         for piece in pieces {
             decoder.push(piece, |data| {
-                events.push(String::from_utf8(data.to_vec()).unwrap())
+                events.push(String::from_utf8(data.to_vec()).unwrap());
             });
         }
         events
