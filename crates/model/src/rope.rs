@@ -17,7 +17,22 @@ pub struct Rope {
     mscale: f64,
 }
 
+/// Positions for a pair to turn by one radian. The reference computes in f32, in this order; far positions would show a
+/// difference.
+fn periods(dim: usize, theta: f64) -> impl Iterator<Item = f32> {
+    (0..dim / 2).map(move |i| (theta as f32).powf((2 * i) as f32 / dim as f32))
+}
+
 impl Rope {
+    /// Rotation of `dim` values without YaRN.
+    pub fn plain(dim: usize, theta: f64) -> Self {
+        Self {
+            frequencies: periods(dim, theta).map(f32::recip).collect(),
+            amplitude: 1.0,
+            mscale: 1.0,
+        }
+    }
+
     /// What YaRN multiplies the softmax scale with.
     pub fn softmax_factor(&self) -> f64 {
         self.mscale * self.mscale
@@ -85,16 +100,10 @@ impl RopeJson {
         if !(theta.is_finite() && theta > 1.0) {
             return Err(value("rope_theta", format!("{theta} is not above 1")));
         }
-        // The reference computes in f32, in this order; far positions would show the difference.
-        let periods = (0..dim / 2).map(|i| (theta as f32).powf((2 * i) as f32 / dim as f32));
         let kind = scaling.and_then(|s| s.rope_type.as_deref().or(s.kind.as_deref()));
         match (kind, scaling) {
-            (None | Some("default"), _) | (_, None) => Ok(Rope {
-                frequencies: periods.map(f32::recip).collect(),
-                amplitude: 1.0,
-                mscale: 1.0,
-            }),
-            (Some("yarn"), Some(scaling)) => scaling.yarn(dim, theta, periods, max_position),
+            (None | Some("default"), _) | (_, None) => Ok(Rope::plain(dim, theta)),
+            (Some("yarn"), Some(scaling)) => scaling.yarn(dim, theta, max_position),
             (Some(other), _) => Err(value(
                 "rope_scaling.type",
                 format!("\"{other}\" is not supported (only yarn)"),
@@ -113,13 +122,7 @@ fn mscale(factor: f64, m: f64) -> f64 {
 }
 
 impl Scaling {
-    fn yarn(
-        &self,
-        dim: usize,
-        theta: f64,
-        periods: impl Iterator<Item = f32>,
-        max_position: Option<i64>,
-    ) -> Result<Rope, Error> {
+    fn yarn(&self, dim: usize, theta: f64, max_position: Option<i64>) -> Result<Rope, Error> {
         if self
             .partial_rotary_factor
             .is_some_and(|part| (part - 1.0).abs() > f64::EPSILON)
@@ -156,7 +159,7 @@ impl Scaling {
         if (high - low).abs() < f64::EPSILON {
             high += 0.001;
         }
-        let frequencies = periods
+        let frequencies = periods(dim, theta)
             .enumerate()
             .map(|(i, period)| {
                 let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
@@ -202,7 +205,7 @@ mod tests {
 
     #[test]
     fn released_yarn_gives_the_published_frequencies() {
-        let expected = [
+        let expected: [f64; 32] = [
             1.0,
             0.749_894_21,
             0.562_341_33,
@@ -238,7 +241,10 @@ mod tests {
         ];
         let rope = yarn();
         for (got, want) in rope.frequencies.iter().zip(expected) {
-            assert!((got - want).abs() <= 1e-6 * want, "{got} {want}");
+            assert!(
+                (f64::from(*got) - want).abs() <= 1e-6 * want,
+                "{got} {want}"
+            );
         }
         assert_eq!(rope.frequencies.len(), 32);
         assert!((rope.softmax_factor() * 192f64.powf(-0.5) - 0.135_233_778_9).abs() < 1e-9);

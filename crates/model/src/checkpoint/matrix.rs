@@ -1,11 +1,13 @@
 //! Weights taken from a checkpoint: their bytes where they lie in the file, their values checked.
 
+use std::borrow::Cow;
+
 use half::bf16;
 use kernels::{DType, backend::HostMatrix};
 
 use super::{Checkpoint, ElementType, Entry, Error};
 
-/// A weight of a checkpoint, borrowed from the mapped file. A vector has one row.
+/// A weight of a checkpoint, borrowed from the mapped file as long as nothing converts it. A vector has one row.
 #[derive(Clone, Debug)]
 pub struct Matrix<'a> {
     /// Element type of `data`.
@@ -15,7 +17,7 @@ pub struct Matrix<'a> {
     /// Inputs.
     pub cols: usize,
     /// Little-endian elements.
-    pub data: &'a [u8],
+    pub data: Cow<'a, [u8]>,
     /// For FP8: one multiplicative scale per 128 x 128 block.
     pub scales: Option<Vec<f32>>,
 }
@@ -27,7 +29,7 @@ impl Matrix<'_> {
             dtype: self.dtype,
             rows: self.rows,
             cols: self.cols,
-            data: self.data,
+            data: &self.data,
             scales: self.scales.as_deref(),
         }
     }
@@ -44,8 +46,20 @@ impl Matrix<'_> {
                 };
                 self.data.iter().enumerate().map(value).collect()
             }
-            (DType::Bf16, _) => bf16s(self.data).map(bf16::to_f32).collect(),
-            _ => f32s(self.data).collect(),
+            (DType::Bf16, _) => bf16s(&self.data).map(bf16::to_f32).collect(),
+            _ => f32s(&self.data).collect(),
+        }
+    }
+
+    /// The same values as float32.
+    pub fn widened(&self) -> Matrix<'static> {
+        let data = bytemuck::cast_slice(&self.to_f32()).to_vec();
+        Matrix {
+            dtype: DType::F32,
+            rows: self.rows,
+            cols: self.cols,
+            data: data.into(),
+            scales: None,
         }
     }
 }
@@ -117,7 +131,7 @@ impl Checkpoint {
             dtype,
             rows,
             cols,
-            data,
+            data: Cow::Borrowed(data),
             scales,
         })
     }
