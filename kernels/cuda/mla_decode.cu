@@ -1,0 +1,453 @@
+// MLA decode, absorbed form: every query row (a head of one of up to four query tokens) attends to one latent of 576 BF16
+// values per cached token; its first 512 are the value too. Softmax in float32, output o_lat [row][512] BF16.
+//
+// Work is cut into parts by mla_plan (once per step, for all layers): a part is a run of 64-token blocks, of one or several
+// sequences. CTA (row tile, part): 64 query rows against that run. Two warpgroups take the even and the odd block of a pair:
+//   - each computes the scores of its own block from shared memory (Q 64x576 and one K block per warpgroup, nine 64x64 tiles
+//     with a barrier each, so that products start with the first tile);
+//   - each owns 256 of the 512 output columns, so each needs both blocks' probabilities: its own from registers, the other's
+//     through shared memory, in the rope tile of the K block, which is not part of V and is free once the scores are known;
+//   - the running maximum goes from the even block's warpgroup to the odd one's and back: while one does its softmax, the
+//     other keeps the tensor cores busy.
+// A third warpgroup gives up its registers; one thread of it refills a K block's halves as soon as their last reader is done.
+// A sequence cut into several parts leaves normalised float32 partials and log-sum-exps; mla_combine adds them in part order.
+#include "wgmma.cuh"
+
+constexpr u32 LATENT = 512, TILES = 9, TILE = 64 * 64 * 2;
+
+struct Part {
+    int first_seq, first_block, last_seq, end_block;  // from block first_block of first_seq up to end_block of last_seq
+    int split;                                        // index of first_seq's piece among that sequence's pieces
+    int pad[3];
+};
+
+struct MlaArgs {
+    const int* lengths;      // [batch] cached tokens, this step's included
+    const int* block_table;  // [batch][max_blocks]
+    const Part* parts;       // [parts]; first_seq = -1: nothing to do
+    const int* pieces;       // [batch + 1] first slot of each sequence's pieces among the partials
+    u16* out;                // [batch * queries * heads][512]
+    float* partial;          // [slots][row_tiles * 64][512]
+    float* lse;              // [slots][row_tiles * 64], base 2
+    u32 batch, queries, heads, max_blocks, layer;
+    float scale;             // softmax scale times log2(e)
+};
+
+// One block of threads. Cuts the blocks of all sequences into at most `parts` runs: where there are fewer sequences than
+// parts, every part gets a piece of one sequence, all of the smallest length that suffices; else runs of equal cost over all
+// sequences, a piece costing OVERHEAD blocks more than its own.
+constexpr u32 OVERHEAD = 4;
+extern "C" __global__ void __launch_bounds__(1024) mla_plan(const int* lengths, u32 batch, u32 parts, Part* out, int* pieces) {
+    extern __shared__ int blocks[];
+    __shared__ u32 total, best;
+    wait_for_previous_kernel();
+    if (threadIdx.x == 0) total = 0, best = ~0u;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < batch; i += blockDim.x) {
+        blocks[i] = (int)ceil_div((u32)lengths[i], 64);
+        atomicAdd(&total, (u32)blocks[i]);
+    }
+    __syncthreads();
+    u32 least = max_u32(ceil_div(total, parts), 1);
+    if (batch <= parts) {
+        u32 length = least + threadIdx.x, used = 0;
+        for (u32 i = 0; i < batch; ++i) used += ceil_div((u32)blocks[i], length);
+        if (used <= parts) atomicMin(&best, length);
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    u32 greedy = ceil_div(total + batch * OVERHEAD, parts) + OVERHEAD;
+    bool whole = best <= greedy;
+    u32 seq = 0, block = 0, slot = 0, split = 0;
+    pieces[0] = 0;
+    for (u32 p = 0; p < parts; ++p) {
+        while (seq < batch && blocks[seq] == 0) pieces[++seq] = (int)slot;
+        if (seq == batch) {
+            out[p].first_seq = -1;
+            continue;
+        }
+        Part part = {(int)seq, (int)block, (int)seq, (int)block, (int)split};
+        u32 budget = whole ? best : greedy;
+        bool last = p + 1 == parts;
+        while (seq < batch) {
+            u32 left = (u32)blocks[seq] - block, cost = left + (whole ? 0 : OVERHEAD);
+            part.last_seq = (int)seq;
+            if (cost <= budget || last) {
+                part.end_block = blocks[seq];
+                slot += 1;
+                budget = cost <= budget ? budget - cost : 0;
+                block = split = 0;
+                pieces[++seq] = (int)slot;
+                while (seq < batch && blocks[seq] == 0) pieces[++seq] = (int)slot;
+                if (seq == batch || !last && (whole || budget <= 2 * OVERHEAD)) break;
+            } else {
+                u32 take = budget - (whole ? 0 : OVERHEAD);
+                block += take;
+                part.end_block = (int)block;
+                slot += 1;
+                split += 1;
+                break;
+            }
+        }
+        out[p] = part;
+    }
+}
+
+// The scores of one block: s = Q K^T over 576, tile by tile as they arrive, the rope tile last.
+DEVICE void scores(float (&s)[32], u32 q, u32 k, u32 full, u32 parity, u32 first_tile) {
+    pin(s);
+    wgmma_fence();
+#pragma unroll
+    for (u32 i = 0; i < TILES; ++i) {
+        u32 tile = i == 8 ? 8 : i + first_tile & 7;
+        mbar_wait(full + 8 * tile, parity);
+        u64 a = k_major(q + tile * TILE), b = k_major(k + tile * TILE);
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) Bf16<64>::mma(s, a + 2 * j, b + 2 * j, i | j);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(s);
+}
+
+// Probabilities to the 64x64 tile at `tile`, as TMA would have swizzled them.
+DEVICE void store_probabilities(u32 tile, const u32 (&p)[4][4]) {
+    u32 lane = threadIdx.x & 31, row = (threadIdx.x >> 5 & 3) * 16 + (lane >> 3 & 1) * 8 + (lane & 7);
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k)
+        stmatrix_x4(tile + row * 128 + ((2 * k + (lane >> 4)) ^ (row & 7)) * 16, p[k][0], p[k][1], p[k][2], p[k][3]);
+}
+
+DEVICE void pack_probabilities(u32 (&p)[4][4], const float (&s)[32]) {
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) p[k][i] = pack_bf16(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+}
+
+DEVICE void rescale(float (&o)[128], const float (&by)[2]) {
+    if (!__any_sync(0xffffffff, by[0] != 1.0f || by[1] != 1.0f)) return;
+#pragma unroll
+    for (u32 i = 0; i < 128; ++i) o[i] *= by[i >> 1 & 1];
+}
+
+// The rows of K from `valid` on hold whatever the cache holds there; as V they meet probability 0, and 0 * NaN is NaN.
+DEVICE void clear_tail(u32 k, u32 valid) {
+    u32 t = threadIdx.x & 127;
+    for (u32 i = t; i < (64 - valid) * 64; i += 128)  // 8 tiles x 8 words of 16 bytes a row
+        store_shared_16(k + (i & 7) * TILE + (valid + (i >> 6)) * 128 + (i >> 3 & 7) * 16, 0, 0, 0, 0);
+    fence_async();
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    mla_decode(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
+    extern __shared__ __align__(1024) u8 shared[];
+    u32 q = shared_address(shared), k0 = q + TILES * TILE, k1 = k0 + TILES * TILE;
+    u32 full = k1 + TILES * TILE;  // [2][9]
+    u32 empty = full + 18 * 8;     // K0 left, K1 right, K0 right with its rope tile, K1 left with its rope tile
+    u32 q_full = empty + 4 * 8, q_empty = q_full + 8;
+    float* exchange = (float*)(shared + (q_empty + 8 - q));
+    float *max0 = exchange, *max1 = exchange + 64, *sum0 = exchange + 128, *sum1 = exchange + 192;
+
+    if (threadIdx.x == 0) {
+        for (u32 i = 0; i < 18; ++i) mbar_init(full + 8 * i, 1);
+        for (u32 i = 0; i < 4; ++i) mbar_init(empty + 8 * i, 4);
+        mbar_init(q_full, 1);
+        mbar_init(q_empty, 8);
+        mbar_init_done();
+        prefetch_map(&q_map);
+        prefetch_map(&kv_map);
+    }
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    __syncthreads();
+
+    u32 rows = args.queries * args.heads, row_tiles = ceil_div(rows, 64);
+    u32 row_tile = blockIdx.x % row_tiles;
+    Part part = args.parts[blockIdx.x / row_tiles];
+    if (part.first_seq < 0) return;
+    // Through a shuffle, so that the compiler knows the roles to be uniform in a warp.
+    u32 warp = __shfl_sync(0xffffffff, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, wg = warp >> 2;
+
+    if (wg == 2) {
+        registers_down<24>();
+        if (threadIdx.x != 256) return;
+        u32 loads0 = 0, loads1 = 0;
+        for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
+            int begin = seq == part.first_seq ? part.first_block : 0;
+            int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)args.lengths[seq], 64);
+            if (begin >= end) continue;
+            const int* table = args.block_table + (u64)seq * args.max_blocks;
+            int id0 = table[begin], id1 = begin + 1 < end ? table[begin + 1] : 0;
+            if (seq != part.first_seq) mbar_wait(q_empty, (seq - part.first_seq & 1) ^ 1);
+            mbar_expect(q_full, TILES * TILE);
+            for (u32 t = 0; t < TILES; ++t)
+                tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
+            for (int b = begin; b < end; b += 2) {
+                bool odd = b + 1 < end;
+                auto load = [&](u32 buffer, u32 k, int id, u32 first, u32 last) {
+                    for (u32 t = first; t < last; ++t) {
+                        u32 bar = full + 8 * (9 * buffer + t);
+                        mbar_expect(bar, TILE);
+                        tma_4d(k + t * TILE, &kv_map, bar, t * 64, 0, args.layer, id, EVICT_FIRST);
+                    }
+                };
+                u32 parity0 = (loads0 & 1) ^ 1, parity1 = (loads1 & 1) ^ 1;
+                if (loads0) mbar_wait(empty, parity0);
+                load(0, k0, id0, 0, 4);
+                if (odd) {
+                    if (loads1) mbar_wait(empty + 8, parity1);
+                    load(1, k1, id1, 4, 8);
+                }
+                if (loads0) mbar_wait(empty + 16, parity0);
+                load(0, k0, id0, 4, 9);
+                if (odd) {
+                    if (loads1) mbar_wait(empty + 24, parity1);
+                    load(1, k1, id1, 0, 4);
+                    load(1, k1, id1, 8, 9);
+                }
+                ++loads0;
+                loads1 += odd;
+                if (b + 2 < end) id0 = table[b + 2];
+                if (b + 3 < end) id1 = table[b + 3];
+            }
+        }
+        return;
+    }
+
+    registers_up<240>();
+    u32 row = (warp & 3) * 16 + (lane >> 2);  // and row + 8
+    u32 uses0 = 0, uses1 = 0, segment = 0;
+    float s[32], o[128];
+    u32 p[4][4];
+    for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
+        int length = args.lengths[seq];
+        int begin = seq == part.first_seq ? part.first_block : 0;
+        int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)length, 64);
+        if (begin >= end) continue;
+        // Query token i sees length - (queries - 1 - i) tokens.
+        int visible[2];
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+            visible[h] = length - (int)args.queries + 1 + (int)min_u32((row_tile * 64 + row + 8 * h) / args.heads, args.queries - 1);
+        int masked_from = length - (int)args.queries + 1;  // blocks that end beyond this need the mask
+        float max[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (u32 i = 0; i < 128; ++i) o[i] = 0.0f;
+        mbar_wait(q_full, segment & 1);
+
+        // Masks, then the largest score of each row over the quad's lanes, starting from `top`.
+        auto largest = [&](int block, float (&top)[2]) {
+            if ((block + 1) * 64 > masked_from) {
+#pragma unroll
+                for (u32 i = 0; i < 32; ++i) {
+                    int token = block * 64 + (int)(8 * (i >> 2) + 2 * (lane & 3) + (i & 1));
+                    if (token >= visible[i >> 1 & 1]) s[i] = -__int_as_float(0x7f800000);
+                }
+            }
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                float m = s[2 * h];
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) m = fmaxf(m, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
+                m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
+                m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
+                top[h] = fmaxf(top[h], m);
+            }
+        };
+        auto exponentiate = [&](const float (&top)[2]) {
+#pragma unroll
+            for (u32 i = 0; i < 32; ++i) {
+                u32 h = i >> 1 & 1;
+                s[i] = exp2_approx(s[i] * args.scale - top[h] * args.scale);
+                sum[h] += s[i];
+            }
+        };
+        auto add_own = [&](u32 v) {
+            pin(o);
+            wgmma_fence();
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k) Bf16RegN<256>::mma(o, p[k], n_major(v + k * 2048, TILE), 1);
+            wgmma_commit();
+        };
+        auto add_other = [&](u32 probabilities, u32 v) {
+            pin(o);
+            wgmma_fence();
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k)
+                Bf16N<256>::mma(o, k_major(probabilities) + 2 * k, n_major(v + k * 2048, TILE), 1);
+            wgmma_commit();
+        };
+        auto release = [&](u32 bar) {
+            if (lane == 0) mbar_arrive(bar);
+        };
+
+        for (int b = begin; b < end; b += 2) {
+            bool odd = b + 1 < end, last = b + 2 >= end;
+            if (wg == 0) {
+                scores(s, q, k0, full, uses0 & 1, 0);
+                if (last) release(q_empty);
+                float top[2] = {max[0], max[1]};
+                largest(b, top);
+                float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
+                if ((lane & 3) == 0) max0[row] = top[0], max0[row + 8] = top[1];
+                named_arrive(1, 256);  // the maximum with the even block
+                sum[0] *= by[0];
+                sum[1] *= by[1];
+                exponentiate(top);
+                pack_probabilities(p, s);
+                rescale(o, by);
+                if (length < (b + 1) * 64) {
+                    clear_tail(k0, length - b * 64);
+                    named_sync(5, 128);
+                }
+                add_own(k0);
+                if (odd) {
+                    named_sync(2, 256);  // the odd block's maximum and probabilities
+                    float both[2] = {max1[row], max1[row + 8]};
+                    by[0] = exp2_approx((top[0] - both[0]) * args.scale);
+                    by[1] = exp2_approx((top[1] - both[1]) * args.scale);
+#pragma unroll
+                    for (u32 i = 0; i < 32; ++i) s[i] *= by[i >> 1 & 1];
+                    u32 rescaled[4][4];
+                    pack_probabilities(rescaled, s);
+                    store_probabilities(k0 + 8 * TILE, rescaled);
+                    max[0] = both[0];
+                    max[1] = both[1];
+                    sum[0] *= by[0];
+                    sum[1] *= by[1];
+                } else {
+                    store_probabilities(k0 + 8 * TILE, p);
+                    max[0] = top[0];
+                    max[1] = top[1];
+                }
+                fence_async();
+                named_arrive(3, 256);  // the even block's probabilities
+                wgmma_wait<0>();
+                pin(o);
+                release(empty);
+                if (odd) {
+                    rescale(o, by);
+                    add_other(k1 + 8 * TILE, k1);
+                    wgmma_wait<0>();
+                    pin(o);
+                    release(empty + 24);
+                }
+            } else {
+                float top[2] = {-1e30f, -1e30f};
+                if (odd) {
+                    scores(s, q, k1, full + 72, uses1 & 1, 4);
+                    largest(b + 1, top);
+                }
+                if (last) release(q_empty);
+                named_sync(1, 256);
+                top[0] = fmaxf(top[0], max0[row]);
+                top[1] = fmaxf(top[1], max0[row + 8]);
+                float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
+                sum[0] *= by[0];
+                sum[1] *= by[1];
+                max[0] = top[0];
+                max[1] = top[1];
+                if (odd) {
+                    exponentiate(top);
+                    pack_probabilities(p, s);
+                    if ((lane & 3) == 0) max1[row] = top[0], max1[row + 8] = top[1];
+                    store_probabilities(k1 + 8 * TILE, p);
+                    fence_async();
+                    if (length < (b + 2) * 64) {
+                        clear_tail(k1, length - (b + 1) * 64);
+                        named_sync(6, 128);
+                    }
+                    named_arrive(2, 256);
+                }
+                rescale(o, by);
+                if (odd) add_own(k1 + 4 * TILE);
+                named_sync(3, 256);
+                add_other(k0 + 8 * TILE, k0 + 4 * TILE);
+                if (odd) {
+                    wgmma_wait<1>();
+                    release(empty + 8);
+                }
+                wgmma_wait<0>();
+                pin(o);
+                release(empty + 16);
+            }
+            ++uses0;
+            uses1 += odd;
+        }
+        ++segment;
+
+        // Both warpgroups' sums over their own blocks make the row's sum.
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            sum[h] += __shfl_xor_sync(0xffffffff, sum[h], 1);
+            sum[h] += __shfl_xor_sync(0xffffffff, sum[h], 2);
+            if ((lane & 3) == 0) (wg == 0 ? sum0 : sum1)[row + 8 * h] = sum[h];
+        }
+        named_sync(4, 256);
+        int first_slot = args.pieces[seq], pieces = args.pieces[seq + 1] - first_slot;
+        u32 slot = first_slot + (seq == part.first_seq ? part.split : 0);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            u32 in_tile = row + 8 * h, r = row_tile * 64 + in_tile;
+            if (r >= rows) continue;
+            // A query token ahead of this piece's first token sees none of it: weight 0, not 0 / 0.
+            float total = sum0[in_tile] + sum1[in_tile], inverse = total == 0.0f ? 0.0f : 1.0f / total;
+            u32 column = wg * 256 + 2 * (lane & 3);
+            if (pieces == 1) {
+                u16* to = args.out + ((u64)seq * rows + r) * LATENT + column;
+#pragma unroll
+                for (u32 j = 0; j < 32; ++j)
+                    *(u32*)(to + 8 * j) = pack_bf16(o[4 * j + 2 * h] * inverse, o[4 * j + 2 * h + 1] * inverse);
+            } else {
+                u64 at = (u64)slot * row_tiles * 64 + r;
+                float* to = args.partial + at * LATENT + column;
+#pragma unroll
+                for (u32 j = 0; j < 32; ++j)
+                    *(float2*)(to + 8 * j) = float2{o[4 * j + 2 * h] * inverse, o[4 * j + 2 * h + 1] * inverse};
+                if (wg == 0 && (lane & 3) == 0) args.lse[at] = max[h] * args.scale + log2f(total);
+            }
+        }
+    }
+}
+
+// Adds the pieces of every row that has several: four groups of 128 threads take every fourth piece each, then meet.
+constexpr u32 MAX_PIECES = 160;
+extern "C" __global__ void __launch_bounds__(512) mla_combine(const MlaArgs args) {
+    __shared__ float weight[MAX_PIECES];
+    __shared__ float4 sums[4][128];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64;
+    u32 group = threadIdx.x >> 7, t = threadIdx.x & 127;
+    for (u32 index = blockIdx.x; index < args.batch * rows; index += gridDim.x) {
+        u32 seq = index / rows, r = index % rows;
+        u32 first = args.pieces[seq], count = args.pieces[seq + 1] - first;
+        if (count < 2) continue;
+        if (threadIdx.x < count) weight[threadIdx.x] = args.lse[(u64)(first + threadIdx.x) * pitch + r];
+        __syncthreads();
+        float top = -1e30f, total = 0.0f;
+        for (u32 i = 0; i < count; ++i) top = fmaxf(top, weight[i]);
+        for (u32 i = 0; i < count; ++i) total += exp2_approx(weight[i] - top);
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+        for (u32 i = group; i < count; i += 4) {
+            float4 v = __ldcs((const float4*)(args.partial + ((u64)(first + i) * pitch + r) * LATENT) + t);
+            float w = exp2_approx(weight[i] - top);
+            sum.x += w * v.x;
+            sum.y += w * v.y;
+            sum.z += w * v.z;
+            sum.w += w * v.w;
+        }
+        sums[group][t] = sum;
+        __syncthreads();
+        if (group == 0) {
+            float inverse = 1.0f / total;
+            float4 b = sums[1][t], c = sums[2][t], d = sums[3][t];
+            uint2 packed = {pack_bf16((sum.x + b.x + c.x + d.x) * inverse, (sum.y + b.y + c.y + d.y) * inverse),
+                            pack_bf16((sum.z + b.z + c.z + d.z) * inverse, (sum.w + b.w + c.w + d.w) * inverse)};
+            *(uint2*)(args.out + (u64)index * LATENT + 4 * t) = packed;
+        }
+        __syncthreads();
+    }
+}

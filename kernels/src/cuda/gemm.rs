@@ -1,0 +1,464 @@
+//! FP8 GEMM with block scales, dense and grouped (`fp8_gemm.cu`).
+//!
+//! `out[t][n] = sum over k of x[t][k] * w[n][k]`, both E4M3; `x` has a scale per row and 128 columns, `w` one per 128x128
+//! block. Scales of `x` lie with the rows innermost, `[k / 128][ld]`, as the quantising kernels write them.
+//!
+//! The sum over K is cut the same way for every batch of up to 64 tokens of one weight shape, and in one piece above: a
+//! token's bits depend on which of these two classes its batch is in, never on its neighbours inside one.
+
+use std::sync::OnceLock;
+
+use cudarc::driver::CudaStream;
+
+use super::launch::arguments;
+use super::tensor_map::{Element, tensor_map};
+use super::{Gpu, Launch, Program, Result, Span, require};
+
+/// One instance of the kernel template, as `fp8_gemm.cu` lists them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Instance {
+    /// Kernel name.
+    pub name: &'static str,
+    /// Weight rows of a tile.
+    pub rows: u32,
+    /// Most tokens of a tile.
+    pub tokens: u32,
+    /// CTAs that share a tile's K.
+    pub cluster: u32,
+    /// Depth of the ring.
+    pub stages: u32,
+    /// One weight matrix per group.
+    pub grouped: bool,
+}
+
+impl Instance {
+    /// All instances, read from the list in the kernel's source.
+    pub fn all() -> &'static [Self] {
+        static ALL: OnceLock<Vec<Instance>> = OnceLock::new();
+        ALL.get_or_init(|| {
+            let source = Program::find("fp8_gemm").map_or("", |p| p.source);
+            source.lines().filter_map(Self::parse).collect()
+        })
+    }
+
+    /// The instance of this name.
+    pub fn find(name: &str) -> Option<Self> {
+        Self::all().iter().copied().find(|i| i.name == name)
+    }
+
+    fn parse(line: &'static str) -> Option<Self> {
+        let fields: Vec<_> = line
+            .strip_prefix("FP8_GEMM(")?
+            .strip_suffix(')')?
+            .split(", ")
+            .collect();
+        let number = |i: usize| fields.get(i)?.parse::<u32>().ok();
+        Some(Self {
+            rows: 64 * number(0)?,
+            tokens: number(1)?,
+            cluster: number(2)?,
+            stages: number(3)?,
+            grouped: *fields.get(4)? == "true",
+            name: fields.get(5)?,
+        })
+    }
+
+    /// Dynamic shared memory, the same sum as in the kernel.
+    fn shared_bytes(self, groups: usize) -> usize {
+        let (rows, tokens, stages) = (
+            self.rows as usize,
+            self.tokens as usize,
+            self.stages as usize,
+        );
+        let epilogue = if self.cluster == 1 {
+            rows / 64 * 32 * 144
+        } else {
+            0
+        };
+        stages * ((rows + tokens) * 128 + tokens * 4 + 16 + 16) + epilogue + groups * 4
+    }
+
+    /// Token rows of one bulk copy, `BOX` in the kernel.
+    fn token_box(self) -> u32 {
+        match self.tokens {
+            t if t < 64 => t,
+            t if t % 64 == 0 => 64,
+            _ => 32,
+        }
+    }
+
+    fn threads(self) -> u32 {
+        self.rows * 2 + 128
+    }
+}
+
+/// Weights: `[groups * n][k]` E4M3 and their scales `[groups][ceil(n / 128)][k / 128]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights {
+    /// E4M3 values.
+    pub data: Span<u8>,
+    /// Multiplicative scales.
+    pub scales: Span<f32>,
+    /// Outputs of one group, a multiple of 64.
+    pub n: usize,
+    /// Inputs, a multiple of 128.
+    pub k: usize,
+    /// Number of matrices.
+    pub groups: usize,
+}
+
+/// Quantised activations: E4M3 `[rows][k]`, scales `[k / 128][ld]` with `ld` a multiple of 4 not below `rows`.
+#[derive(Clone, Copy, Debug)]
+pub struct Activations {
+    /// E4M3 values.
+    pub data: Span<u8>,
+    /// Multiplicative scales, rows innermost.
+    pub scales: Span<f32>,
+    /// Rows.
+    pub rows: usize,
+    /// Distance of two scales of a row.
+    pub ld: usize,
+}
+
+/// Which rows belong to which group. Read on the device.
+#[derive(Clone, Copy, Debug)]
+pub enum Groups {
+    /// `[groups + 1]`: group g owns rows `starts[g]..starts[g + 1]`.
+    Contiguous(Span<i32>),
+    /// `[groups]`: group g owns the first `counts[g]` of its `stride` rows.
+    Masked(Span<i32>, usize),
+}
+
+/// The kernel's `GemmArgs`.
+#[repr(C)]
+struct Args {
+    w_scale: u64,
+    x_scale: u64,
+    out: u64,
+    counts: u64,
+    starts: u64,
+    m: u32,
+    n: u32,
+    k: u32,
+    groups: u32,
+    group_stride: u32,
+    ld_scale: u32,
+    ld_out: u32,
+    stream_weights: u32,
+}
+
+/// The dense instance for `m` tokens, measured best on an H200 (README.md has the table).
+pub fn choose(m: usize, n: usize, k: usize, sms: u32) -> &'static str {
+    if m > 64 {
+        return if m <= 128 && n.div_ceil(128) * 2 <= sms as usize && k >= 1024 {
+            "fp8_gemm_r128_t128_k2"
+        } else {
+            "fp8_gemm_r128_t128_k1"
+        };
+    }
+    // Decode: enough CTAs to keep HBM busy, few enough that one wave holds them.
+    let tiles = |rows: usize| n.div_ceil(rows) as u32;
+    let few = m <= 16;
+    if tiles(192) > sms / 2 && tiles(192) <= sms && tiles(128) > sms {
+        if few {
+            "fp8_gemm_r192_t16_k1"
+        } else {
+            "fp8_gemm_r192_t64_k1"
+        }
+    } else if tiles(128) * 4 <= sms && k >= 4 * 512 {
+        if few {
+            "fp8_gemm_r128_t16_k4"
+        } else {
+            "fp8_gemm_r128_t64_k4"
+        }
+    } else if tiles(128) * 2 <= sms && k >= 2 * 512 {
+        if few {
+            "fp8_gemm_r128_t16_k2"
+        } else {
+            "fp8_gemm_r128_t64_k2"
+        }
+    } else if few {
+        "fp8_gemm_r128_t16_k1"
+    } else {
+        "fp8_gemm_r128_t64_k1"
+    }
+}
+
+/// Dense product: `out` is BF16 `[rows][ld_out]`.
+pub fn dense(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    x: Activations,
+    w: Weights,
+    out: Span<u16>,
+    ld_out: usize,
+    overlap: bool,
+) -> Result<()> {
+    let name = choose(x.rows, w.n, w.k, gpu.sms());
+    dense_with(gpu, stream, name, x, w, out, ld_out, overlap)
+}
+
+/// [`dense`] with a named instance of the kernel.
+pub fn dense_with(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    instance: &str,
+    x: Activations,
+    w: Weights,
+    out: Span<u16>,
+    ld_out: usize,
+    overlap: bool,
+) -> Result<()> {
+    const KERNEL: &str = "fp8_gemm";
+    let instance = find(instance, false)?;
+    require(KERNEL, w.groups == 1, || {
+        format!("dense with {} groups", w.groups)
+    })?;
+    require(
+        KERNEL,
+        out.len() >= x.rows.saturating_sub(1) * ld_out + w.n,
+        || format!("output of {} elements for {} x {ld_out}", out.len(), x.rows),
+    )?;
+    let tiles = w.n.div_ceil(instance.rows as usize) * x.rows.div_ceil(instance.tokens as usize);
+    let blocks = if instance.cluster > 1 {
+        tiles as u32 * instance.cluster
+    } else {
+        (tiles as u32).min(gpu.sms())
+    };
+    launch(
+        gpu, stream, instance, x, w, None, out, ld_out, blocks, overlap,
+    )
+}
+
+/// Grouped product. `expected` is the usual number of rows of a group (it picks the tile; any count gives right results).
+pub fn grouped(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    x: Activations,
+    w: Weights,
+    groups: Groups,
+    expected: usize,
+    out: Span<u16>,
+    ld_out: usize,
+    overlap: bool,
+) -> Result<()> {
+    let name = match expected {
+        0..=16 => "fp8_gemm_grouped_r128_t16",
+        17..=32 => "fp8_gemm_grouped_r128_t32",
+        33..=64 => "fp8_gemm_grouped_r128_t64",
+        65..=128 => "fp8_gemm_grouped_r128_t160",
+        _ => "fp8_gemm_grouped_r128_t128",
+    };
+    grouped_with(gpu, stream, name, x, w, groups, out, ld_out, overlap)
+}
+
+/// [`grouped`] with a named instance of the kernel.
+pub fn grouped_with(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    instance: &str,
+    x: Activations,
+    w: Weights,
+    groups: Groups,
+    out: Span<u16>,
+    ld_out: usize,
+    overlap: bool,
+) -> Result<()> {
+    const KERNEL: &str = "fp8_gemm_grouped";
+    let instance = find(instance, true)?;
+    let listed = match groups {
+        Groups::Contiguous(starts) => starts.len() > w.groups,
+        Groups::Masked(counts, stride) => counts.len() >= w.groups && w.groups * stride <= x.rows,
+    };
+    require(KERNEL, listed, || {
+        format!(
+            "{groups:?} does not describe {} groups of {} rows",
+            w.groups, x.rows
+        )
+    })?;
+    require(KERNEL, w.n.is_multiple_of(128) || w.groups == 1, || {
+        format!("groups of {} outputs", w.n)
+    })?;
+    require(
+        KERNEL,
+        out.len() >= x.rows.saturating_sub(1) * ld_out + w.n,
+        || format!("output of {} elements for {} x {ld_out}", out.len(), x.rows),
+    )?;
+    launch(
+        gpu,
+        stream,
+        instance,
+        x,
+        w,
+        Some(groups),
+        out,
+        ld_out,
+        gpu.sms(),
+        overlap,
+    )
+}
+
+fn find(name: &str, grouped: bool) -> Result<Instance> {
+    let instance = Instance::find(name).filter(|i| i.grouped == grouped);
+    instance.ok_or_else(|| super::Error::Shape {
+        kernel: "fp8_gemm",
+        detail: format!("no instance {name} with grouped = {grouped}"),
+    })
+}
+
+fn launch(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    instance: Instance,
+    x: Activations,
+    w: Weights,
+    groups: Option<Groups>,
+    out: Span<u16>,
+    ld_out: usize,
+    blocks: u32,
+    overlap: bool,
+) -> Result<()> {
+    let name = instance.name;
+    let k_blocks = w.k / 128;
+    require(
+        name,
+        w.n.is_multiple_of(64) && w.k.is_multiple_of(128) && k_blocks >= instance.cluster as usize,
+        || {
+            format!(
+                "n {} k {}: n must be a multiple of 64, k of 128, at least {} blocks",
+                w.n, w.k, instance.cluster
+            )
+        },
+    )?;
+    require(
+        name,
+        x.ld.is_multiple_of(4) && x.ld >= x.rows && x.scales.len() >= k_blocks * x.ld,
+        || {
+            format!(
+                "{} scales for {} rows at pitch {}, k {}",
+                x.scales.len(),
+                x.rows,
+                x.ld,
+                w.k
+            )
+        },
+    )?;
+    require(
+        name,
+        x.data.len() >= x.rows * w.k && w.data.len() >= w.groups * w.n * w.k,
+        || {
+            format!(
+                "{} activations, {} weights for {} x {} x {} x {}",
+                x.data.len(),
+                w.data.len(),
+                x.rows,
+                w.groups,
+                w.n,
+                w.k
+            )
+        },
+    )?;
+    require(
+        name,
+        w.scales.len() >= w.groups * w.n.div_ceil(128) * k_blocks,
+        || {
+            format!(
+                "{} weight scales for {} x {} x {}",
+                w.scales.len(),
+                w.groups,
+                w.n,
+                w.k
+            )
+        },
+    )?;
+    require(name, ld_out.is_multiple_of(8) && ld_out >= w.n, || {
+        format!("output pitch {ld_out} for n {}", w.n)
+    })?;
+    let k = w.k as u64;
+    let w_map = tensor_map(
+        name,
+        Element::Fp8,
+        w.data.address(),
+        &[k, (w.groups * w.n) as u64],
+        &[k],
+        &[128, instance.rows],
+    )?;
+    let x_map = tensor_map(
+        name,
+        Element::Fp8,
+        x.data.address(),
+        &[k, x.rows as u64],
+        &[k],
+        &[128, instance.token_box()],
+    )?;
+    let (counts, starts, stride) = match groups {
+        None => (0, 0, 0),
+        Some(Groups::Contiguous(starts)) => (0, starts.address(), 0),
+        Some(Groups::Masked(counts, stride)) => (counts.address(), 0, stride),
+    };
+    let args = Args {
+        w_scale: w.scales.address(),
+        x_scale: x.scales.address(),
+        out: out.address(),
+        counts,
+        starts,
+        m: x.rows as u32,
+        n: w.n as u32,
+        k: w.k as u32,
+        groups: w.groups as u32,
+        group_stride: stride as u32,
+        ld_scale: x.ld as u32,
+        ld_out: ld_out as u32,
+        stream_weights: u32::from(x.rows <= 256 || groups.is_some()),
+    };
+    let launch = Launch {
+        grid: [blocks, 1, 1],
+        threads: instance.threads(),
+        shared_bytes: instance.shared_bytes(w.groups),
+        cluster: instance.cluster,
+        overlap,
+    };
+    // SAFETY: kernel(TensorMap, TensorMap, GemmArgs), laid out as declared above.
+    unsafe {
+        launch.run(
+            gpu,
+            stream,
+            "fp8_gemm",
+            name,
+            arguments![w_map, x_map, args],
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::gpu::SHARED_LIMIT;
+
+    #[test]
+    fn every_instance_fits_a_multiprocessor() {
+        assert!(Instance::all().len() > 20);
+        for instance in Instance::all() {
+            assert!(instance.shared_bytes(256) <= SHARED_LIMIT, "{instance:?}");
+            assert!(instance.threads() <= 512, "{instance:?}");
+        }
+    }
+
+    #[test]
+    fn every_choice_is_an_instance() {
+        for m in [1, 16, 17, 64, 65, 128, 129, 4096] {
+            for (n, k) in [
+                (2112, 7168),
+                (24576, 1536),
+                (7168, 16384),
+                (4096, 7168),
+                (7168, 2048),
+                (64, 128),
+                (576, 256),
+            ] {
+                let instance = Instance::find(choose(m, n, k, 132)).unwrap();
+                assert!(!instance.grouped && k / 128 >= instance.cluster as usize);
+            }
+        }
+    }
+}
