@@ -56,7 +56,7 @@ pub(crate) const TABLE: &[Layer] = &[
     layer("kv", &["kernels", "prefix"]),
     layer("model", &["kernels", "kv"]),
     layer("engine", &["model", "kv", "text"]),
-    layer("transfer", &["kv", "proto"]),
+    layer("transfer", &["kernels", "proto"]),
     layer("worker", &["engine", "transfer", "proto", "telemetry"]),
     layer("prefill-worker", &["worker"]),
     layer("decode-worker", &["worker"]),
