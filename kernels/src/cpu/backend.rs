@@ -2,9 +2,9 @@
 
 use super::cache::{BLOCK_TOKENS, Cache};
 use super::memory::Memory;
+use super::multiply::{Group, Weights, multiply};
 use super::pool::Pool;
 use super::views::{Acts, Rows, Seqs, Sink, device, ensure, f32s, f32s_mut, i32s, i32s_mut, shape};
-use super::weights::Matrix;
 use super::{Cpu, Expert, Experts, Heads, Linear, Stream, reference};
 use crate::backend::{
     Backend, Columns, Dispatch, Error, GateShape, HostMatrix, Input, Output, Precision, Quantised,
@@ -33,7 +33,11 @@ impl Backend for Cpu {
             op: "stream",
             detail: e.to_string(),
         })?;
-        Ok(Stream { pool })
+        Ok(Stream {
+            pool,
+            isa: self.isa,
+            inputs: Vec::new(),
+        })
     }
 
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor<Memory>> {
@@ -68,7 +72,7 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, parts: &[HostMatrix<'_>], precision: Precision) -> Result<Linear> {
-        Ok(Linear(Matrix::new("linear", parts, precision)?))
+        Ok(Linear(Weights::new("linear", parts, precision, self.isa)?))
     }
 
     fn experts(
@@ -106,8 +110,8 @@ impl Backend for Cpu {
             })?;
         }
         let expert = Expert {
-            gate_up: Matrix::new(op, &[gate.clone(), up.clone()], experts.precision)?,
-            down: Matrix::new(op, std::slice::from_ref(down), experts.precision)?,
+            gate_up: Weights::new(op, &[gate.clone(), up.clone()], experts.precision, self.isa)?,
+            down: Weights::new(op, std::slice::from_ref(down), experts.precision, self.isa)?,
         };
         let count = experts.slots.len();
         let Some(place) = experts.slots.get_mut(slot) else {
@@ -138,12 +142,12 @@ impl Backend for Cpu {
                 data: bytemuck::cast_slice(head),
                 scales: None,
             };
-            Matrix::new("heads", &[part], precision)
+            Weights::new("heads", &[part], precision, self.isa)
         });
         Ok(Heads {
             out,
             inp,
-            heads: heads.collect::<Result<_>>()?,
+            matrices: heads.collect::<Result<_>>()?,
         })
     }
 
@@ -243,7 +247,7 @@ impl Backend for Cpu {
 
     fn matmul(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: Input<'_, Memory>,
         weight: &Linear,
         rows: usize,
@@ -254,8 +258,15 @@ impl Backend for Cpu {
         let Linear(weight) = weight;
         fits(op, weight, x.cols(), out.cols)?;
         let stride = out.cols;
-        reference::matmul(x, &|i| i, weight, rows, f32s_mut(op, out, rows)?, stride);
-        Ok(())
+        let group = Group {
+            weight,
+            rows: 0..rows,
+            x_first: 0,
+            out_first: 0,
+        };
+        let out = f32s_mut(op, out, rows)?;
+        // SAFETY: one group.
+        unsafe { multiply(op, stream, x, &|t| t, &[group], out, stride) }
     }
 
     fn swiglu(
@@ -412,14 +423,14 @@ impl Backend for Cpu {
 
     fn absorb_query(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         q: &Tensor<Memory>,
         w_uk: &Heads,
         rows: usize,
         out: &mut Tensor<Memory>,
     ) -> Result<()> {
         let op = "absorb_query";
-        let (heads, latent, nope) = (w_uk.heads.len(), w_uk.out, w_uk.inp);
+        let (heads, latent, nope) = (w_uk.matrices.len(), w_uk.out, w_uk.inp);
         let width = out.cols / heads;
         let (q, per_head) = (Rows::of(op, q, rows)?, q.cols / heads);
         let rope = width.saturating_sub(latent);
@@ -435,18 +446,16 @@ impl Backend for Cpu {
         )?;
         let stride = out.cols;
         let out = f32s_mut(op, out, rows)?;
-        for (h, weight) in w_uk.heads.iter().enumerate() {
-            let head = q.part(h * per_head, per_head);
-            for t in 0..rows {
-                out[t * stride + h * width + latent..][..rope]
-                    .copy_from_slice(&head.row(t)[nope..]);
-            }
-            let x = Acts::Plain(head.part(0, nope));
-            if rows > 0 {
-                reference::matmul(x, &|i| i, weight, rows, &mut out[h * width..], stride);
+        for t in 0..rows {
+            let heads = q.row(t).chunks_exact(per_head);
+            for (h, head) in heads.enumerate() {
+                let to = t * stride + h * width + latent;
+                out[to..][..rope].copy_from_slice(&head[nope..]);
             }
         }
-        Ok(())
+        let groups = per_head_groups(w_uk, rows, per_head, width);
+        // SAFETY: heads write columns of their own.
+        unsafe { multiply(op, stream, Acts::Plain(q), &|t| t, &groups, out, stride) }
     }
 
     fn attend_absorbed(
@@ -484,14 +493,14 @@ impl Backend for Cpu {
 
     fn absorb_value(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: &Tensor<Memory>,
         w_uv: &Heads,
         rows: usize,
         out: &mut Tensor<Memory>,
     ) -> Result<()> {
         let op = "absorb_value";
-        let (heads, value, latent) = (w_uv.heads.len(), w_uv.out, w_uv.inp);
+        let (heads, value, latent) = (w_uv.matrices.len(), w_uv.out, w_uv.inp);
         ensure(
             x.cols == heads * latent && out.cols == heads * value,
             op,
@@ -504,13 +513,9 @@ impl Backend for Cpu {
         )?;
         let (x, stride) = (Rows::of(op, x, rows)?, out.cols);
         let out = f32s_mut(op, out, rows)?;
-        for (h, weight) in w_uv.heads.iter().enumerate() {
-            let x = Acts::Plain(x.part(h * latent, latent));
-            if rows > 0 {
-                reference::matmul(x, &|i| i, weight, rows, &mut out[h * value..], stride);
-            }
-        }
-        Ok(())
+        let groups = per_head_groups(w_uv, rows, latent, value);
+        // SAFETY: heads write columns of their own.
+        unsafe { multiply(op, stream, Acts::Plain(x), &|t| t, &groups, out, stride) }
     }
 
     fn cache_read(
@@ -661,7 +666,7 @@ impl Backend for Cpu {
 
     fn experts_gate_up(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: Input<'_, Memory>,
         experts: &Experts,
         dispatch: &Dispatch<Memory>,
@@ -678,18 +683,22 @@ impl Backend for Cpu {
         within(op, copy_of_row, copies)?;
         let stride = out.cols;
         let out = f32s_mut(op, out, copies)?;
-        for (expert, rows) in groups(op, experts, dispatch, copies)? {
-            fits(op, &expert.gate_up, x.cols(), stride)?;
-            let token = |i| copy_of_row[rows.start + i] as usize / top_k;
-            let out = &mut out[rows.start * stride..];
-            reference::matmul(x, &token, &expert.gate_up, rows.len(), out, stride);
-        }
-        Ok(())
+        let groups = slot_groups(
+            op,
+            experts,
+            |e| &e.gate_up,
+            dispatch,
+            copies,
+            (x.cols(), stride),
+        )?;
+        let token = |row: usize| copy_of_row[row] as usize / top_k;
+        // SAFETY: slots have rows of their own.
+        unsafe { multiply(op, stream, x, &token, &groups, out, stride) }
     }
 
     fn experts_down(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: Input<'_, Memory>,
         experts: &Experts,
         dispatch: &Dispatch<Memory>,
@@ -700,19 +709,16 @@ impl Backend for Cpu {
         let x = Acts::of(op, &x, copies)?;
         let stride = out.cols;
         let out = f32s_mut(op, out, copies)?;
-        for (expert, rows) in groups(op, experts, dispatch, copies)? {
-            fits(op, &expert.down, x.cols(), stride)?;
-            let out = &mut out[rows.start * stride..];
-            reference::matmul(
-                x,
-                &|i| rows.start + i,
-                &expert.down,
-                rows.len(),
-                out,
-                stride,
-            );
-        }
-        Ok(())
+        let groups = slot_groups(
+            op,
+            experts,
+            |e| &e.down,
+            dispatch,
+            copies,
+            (x.cols(), stride),
+        )?;
+        // SAFETY: slots have rows of their own.
+        unsafe { multiply(op, stream, x, &|row| row, &groups, out, stride) }
     }
 
     fn combine(
@@ -757,13 +763,18 @@ impl Backend for Cpu {
 }
 
 /// Checks a product's inputs and outputs.
-fn fits(op: &'static str, weight: &Matrix, inputs: usize, outputs: usize) -> Result<()> {
-    ensure(weight.cols == inputs && weight.rows == outputs, op, || {
-        format!(
-            "{inputs} to {outputs} columns by [{}, {}]",
-            weight.rows, weight.cols
-        )
-    })
+fn fits(op: &'static str, weight: &Weights, inputs: usize, outputs: usize) -> Result<()> {
+    ensure(
+        weight.cols() == inputs && weight.rows() == outputs,
+        op,
+        || {
+            format!(
+                "{inputs} to {outputs} columns by [{}, {}]",
+                weight.rows(),
+                weight.cols()
+            )
+        },
+    )
 }
 
 fn same_width(op: &'static str, a: &Tensor<Memory>, b: &Tensor<Memory>) -> Result<()> {
@@ -799,13 +810,26 @@ fn starts<'a>(
     Ok(start)
 }
 
-/// Every slot that has rows, with its rows.
-fn groups<'a>(
+/// One product per head: inputs from column `h * x_width` on, outputs from `h * out_width` on.
+fn per_head_groups(heads: &Heads, rows: usize, x_width: usize, out_width: usize) -> Vec<Group<'_>> {
+    let group = |(h, weight)| Group {
+        weight,
+        rows: 0..rows,
+        x_first: h * x_width,
+        out_first: h * out_width,
+    };
+    heads.matrices.iter().enumerate().map(group).collect()
+}
+
+/// One product per slot that has rows, of the matrix that `pick` takes, checked to be of `shape` (inputs, outputs).
+fn slot_groups<'a>(
     op: &'static str,
     experts: &'a Experts,
+    pick: impl Fn(&Expert) -> &Weights,
     dispatch: &Dispatch<Memory>,
     copies: usize,
-) -> Result<Vec<(&'a Expert, std::ops::Range<usize>)>> {
+    shape: (usize, usize),
+) -> Result<Vec<Group<'a>>> {
     let offsets = i32s(op, &dispatch.offsets, experts.slots.len() + 1)?;
     let mut groups = Vec::new();
     for (slot, expert) in experts.slots.iter().enumerate() {
@@ -816,11 +840,20 @@ fn groups<'a>(
                 format!("slot {slot} has rows {start}..{end} of {copies}"),
             );
         }
-        match expert {
-            Some(expert) if start < end => groups.push((expert, start as usize..end as usize)),
-            None if start < end => return device(op, format!("slot {slot} is empty")),
-            _ => {}
+        if start == end {
+            continue;
         }
+        let Some(expert) = expert else {
+            return device(op, format!("slot {slot} is empty"));
+        };
+        let weight = pick(expert);
+        fits(op, weight, shape.0, shape.1)?;
+        groups.push(Group {
+            weight,
+            rows: start as usize..end as usize,
+            x_first: 0,
+            out_first: 0,
+        });
     }
     Ok(groups)
 }

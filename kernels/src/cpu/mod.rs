@@ -5,22 +5,28 @@
 
 mod backend;
 mod cache;
+mod fast;
 mod memory;
+mod multiply;
 mod pool;
 mod reference;
+mod simd;
 mod views;
 mod weights;
 
 pub use cache::Cache;
 pub use memory::Memory;
 
+use multiply::Weights;
 use pool::Pool;
-use weights::Matrix;
+use simd::Isa;
 
 /// A device made of the machine's own cores.
 #[derive(Debug)]
 pub struct Cpu {
     threads: usize,
+    /// The fast path's instruction set; none for the reference.
+    isa: Option<Isa>,
 }
 
 impl Cpu {
@@ -28,12 +34,16 @@ impl Cpu {
     pub fn new(threads: usize) -> Self {
         Self {
             threads: threads.max(1),
+            isa: Some(Isa::best()),
         }
     }
 
     /// The oracle: plain loops on one thread.
     pub fn reference() -> Self {
-        Self { threads: 1 }
+        Self {
+            threads: 1,
+            isa: None,
+        }
     }
 }
 
@@ -41,11 +51,14 @@ impl Cpu {
 #[derive(Debug)]
 pub struct Stream {
     pool: Pool,
+    isa: Option<Isa>,
+    /// Inputs of a product, decoded or padded.
+    inputs: Vec<f32>,
 }
 
 /// Weights of a linear layer.
 #[derive(Debug)]
-pub struct Linear(Matrix);
+pub struct Linear(Weights);
 
 /// Weights of a layer's experts by slot.
 #[derive(Debug)]
@@ -59,9 +72,9 @@ pub struct Experts {
 #[derive(Debug)]
 struct Expert {
     /// `[gate | up]`, `[2 * inter, hidden]`.
-    gate_up: Matrix,
+    gate_up: Weights,
     /// `[hidden, inter]`.
-    down: Matrix,
+    down: Weights,
 }
 
 /// One `[out, in]` matrix a head.
@@ -69,5 +82,8 @@ struct Expert {
 pub struct Heads {
     out: usize,
     inp: usize,
-    heads: Vec<Matrix>,
+    matrices: Vec<Weights>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -98,12 +98,12 @@ impl Pool {
             return;
         }
         let shared = &*self.shared;
-        // SAFETY: only the lifetime in the type changes. The task outlives its use: `Region` below closes the region and
-        // waits for the workers inside, also when `task` panics.
         #[expect(
             clippy::transmute_ptr_to_ptr,
             reason = "a cast cannot change the lifetime"
         )]
+        // SAFETY: only the lifetime in the type changes. The task outlives its use: `Region` below closes the region and
+        // waits for the workers inside, also when `task` panics.
         let lent: *const Task = unsafe { std::mem::transmute(std::ptr::from_ref(task)) };
         // SAFETY: the region is closed and empty, so no worker looks.
         unsafe { *shared.job.get() = Some((lent, tasks)) };
@@ -265,7 +265,6 @@ impl<'a, T> Split<'a, T> {
     ///
     /// # Safety
     /// Nobody else may use an element of this part while the result lives.
-    #[expect(clippy::mut_from_ref, reason = "parts are disjoint by contract")]
     pub(super) unsafe fn part(&self, first: usize, len: usize) -> &'a mut [T] {
         assert!(first <= self.len && len <= self.len - first);
         // SAFETY: inside the slice (assert above), and ours alone by contract.

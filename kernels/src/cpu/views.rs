@@ -84,7 +84,7 @@ pub(super) struct Rows<'a> {
     stride: usize,
     first: usize,
     pub(super) cols: usize,
-    pub(super) rows: usize,
+    pub(super) count: usize,
 }
 
 impl<'a> Rows<'a> {
@@ -94,13 +94,13 @@ impl<'a> Rows<'a> {
             stride: cols,
             first: 0,
             cols,
-            rows: data.len() / cols.max(1),
+            count: data.len() / cols.max(1),
         }
     }
 
     pub(super) fn of(op: &'static str, t: &'a Tensor<Memory>, rows: usize) -> Result<Self> {
         Ok(Self {
-            rows,
+            count: rows,
             ..Self::new(f32s(op, t, rows)?, t.cols)
         })
     }
@@ -143,7 +143,6 @@ pub(super) enum Acts<'a> {
         /// `[rows, ceil(cols / 128)]`
         scales: &'a [f32],
         cols: usize,
-        rows: usize,
     },
 }
 
@@ -161,7 +160,6 @@ impl<'a> Acts<'a> {
                     data: &q.data.mem.slice()[..len],
                     scales: f32s(op, &q.scales, rows)?,
                     cols,
-                    rows,
                 })
             }
         }
@@ -171,13 +169,6 @@ impl<'a> Acts<'a> {
         match self {
             Self::Plain(rows) => rows.cols,
             Self::Quantised { cols, .. } => *cols,
-        }
-    }
-
-    pub(super) fn rows(&self) -> usize {
-        match self {
-            Self::Plain(rows) => rows.rows,
-            Self::Quantised { rows, .. } => *rows,
         }
     }
 }

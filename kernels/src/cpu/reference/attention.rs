@@ -86,7 +86,7 @@ pub(in crate::cpu) fn attend_absorbed(
     out: &mut [f32],
 ) -> Result<()> {
     let width = cache.width;
-    let latent = out.len() / q.rows.max(1) / heads;
+    let latent = out.len() / q.count.max(1) / heads;
     for s in 0..seqs.count {
         let used = seqs.context(s).div_ceil(BLOCK_TOKENS);
         let held = cache.read_pages((0..used).map(|i| (seqs.block(s, i), layer)))?;
@@ -125,7 +125,7 @@ pub(in crate::cpu) fn attend_expanded(
     scale: f32,
     out: &mut [f32],
 ) {
-    let value = out.len() / q.rows.max(1) / heads;
+    let value = out.len() / q.count.max(1) / heads;
     let nope = kv.cols / heads - value;
     for s in 0..seqs.count {
         for t in seqs.queries(s) {

@@ -4,12 +4,13 @@ use crate::cpu::views::Acts;
 use crate::cpu::weights::Matrix;
 use crate::fp8;
 
-/// `out[i] = x[row(i)] W^T` for `i < rows`; row `i` of the output starts at `i * stride`.
+/// `out[i] = x[row(i), first..] W^T` for `i < rows`; row `i` of the output starts at `i * stride`.
 ///
 /// Block by block of 128 inputs: the block's products are summed and then scaled by what the weights' and the
 /// activations' blocks are scaled by, as the FP8 product of the report is.
 pub(in crate::cpu) fn matmul(
     x: Acts<'_>,
+    first: usize,
     row: &dyn Fn(usize) -> usize,
     weight: &Matrix,
     rows: usize,
@@ -25,8 +26,10 @@ pub(in crate::cpu) fn matmul(
                 let mut products = 0.0;
                 for k in block * fp8::BLOCK..weight.cols.min((block + 1) * fp8::BLOCK) {
                     let x = match x {
-                        Acts::Plain(rows) => rows.row(t)[k],
-                        Acts::Quantised { data, cols, .. } => fp8::decode(data[t * cols + k]),
+                        Acts::Plain(rows) => rows.row(t)[first + k],
+                        Acts::Quantised { data, cols, .. } => {
+                            fp8::decode(data[t * cols + first + k])
+                        }
                     };
                     products += x * weight.value(n, k);
                 }

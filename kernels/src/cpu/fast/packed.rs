@@ -1,0 +1,149 @@
+//! Weights in the order in which the fast product reads them.
+
+use std::ops::Range;
+
+use bytemuck::Pod;
+use half::bf16;
+
+use crate::backend::Result;
+use crate::cpu::memory::Memory;
+use crate::cpu::simd::Isa;
+use crate::cpu::weights::{Matrix, Values};
+use crate::fp8;
+
+/// Outputs that are computed together: two vectors.
+pub(super) const PANEL: usize = 32;
+
+/// Inputs whose products are summed before they join the total.
+pub(in crate::cpu) const CHUNK: usize = 16;
+
+/// Element type of packed weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    F32,
+    Bf16,
+    Fp8,
+}
+
+/// `[rows, cols]` weights as `[panel][col][32 rows]`, columns padded with zeros to a multiple of 16 and panels to 32 rows:
+/// one load gives one input's weights for neighbouring outputs, and no sum crosses lanes. Rows of a panel share scales.
+#[derive(Debug)]
+pub(in crate::cpu) struct Packed {
+    pub(in crate::cpu) rows: usize,
+    pub(in crate::cpu) cols: usize,
+    pub(super) form: Form,
+    data: Memory,
+    /// Rows of each panel.
+    panels: Vec<Range<usize>>,
+    /// `[panel][ceil(cols / 128)]`; empty where weights have no scales.
+    scales: Vec<f32>,
+}
+
+impl Packed {
+    pub(in crate::cpu) fn new(matrix: &Matrix, isa: Isa) -> Result<Self> {
+        let (rows, cols) = (matrix.rows, matrix.cols);
+        let panels = split(rows, &matrix.scale_row);
+        let len = panels.len() * cols.next_multiple_of(CHUNK) * PANEL;
+        let (form, data) = match &matrix.values {
+            Values::F32(values) => (Form::F32, pack(values, cols, &panels, len, |i| i)?),
+            // Word 2j is row j, word 2j + 1 row 16 + j (`Simd::bf16_pair`).
+            Values::Bf16(values) => {
+                let place = |i| i / PANEL * PANEL + i % 16 * 2 + i % PANEL / 16;
+                (Form::Bf16, pack::<bf16>(values, cols, &panels, len, place)?)
+            }
+            Values::Fp8(values) => {
+                let mut order = [0; 64];
+                for (j, natural) in isa.fp8_order().into_iter().enumerate() {
+                    order[natural as usize] = j;
+                }
+                let place = |i| i / 64 * 64 + order[i % 64];
+                (Form::Fp8, pack::<u8>(values, cols, &panels, len, place)?)
+            }
+        };
+        let mut scales = Vec::new();
+        if form == Form::Fp8 {
+            for panel in &panels {
+                let blocks = 0..cols.div_ceil(fp8::BLOCK);
+                scales.extend(blocks.map(|block| matrix.scale(panel.start, block)));
+            }
+        }
+        Ok(Self {
+            rows,
+            cols,
+            form,
+            data,
+            panels,
+            scales,
+        })
+    }
+
+    /// Number of panels.
+    pub(super) fn panels(&self) -> usize {
+        self.panels.len()
+    }
+
+    /// Rows of a panel.
+    pub(super) fn outputs(&self, panel: usize) -> Range<usize> {
+        self.panels[panel].clone()
+    }
+
+    /// Columns with their padding.
+    pub(super) fn padded(&self) -> usize {
+        self.cols.next_multiple_of(CHUNK)
+    }
+
+    /// First byte of a panel.
+    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+        let bytes = self.data.bytes() / self.panels();
+        &self.data.slice()[panel * bytes..][..bytes]
+    }
+
+    /// Scale of a panel's weights for 128 columns.
+    pub(super) fn scale(&self, panel: usize, block: usize) -> f32 {
+        match self.form {
+            Form::Fp8 => self.scales[panel * self.cols.div_ceil(fp8::BLOCK) + block],
+            _ => 1.0,
+        }
+    }
+}
+
+/// Panels of at most 32 rows that use the same row of scales.
+fn split(rows: usize, scale_row: &[u32]) -> Vec<Range<usize>> {
+    let mut panels: Vec<Range<usize>> = Vec::new();
+    for row in 0..rows {
+        match panels.last_mut() {
+            Some(panel)
+                if panel.len() < PANEL && scale_row.get(panel.start) == scale_row.get(row) =>
+            {
+                panel.end = row + 1;
+            }
+            _ => panels.push(row..row + 1),
+        }
+    }
+    panels
+}
+
+/// Puts value `[row, col]` to where `place` maps its natural index in the panel, `col * 32 + row`.
+fn pack<T: Pod>(
+    values: &[T],
+    cols: usize,
+    panels: &[Range<usize>],
+    len: usize,
+    place: impl Fn(usize) -> usize,
+) -> Result<Memory> {
+    let mut data = Memory::zeroed(len * size_of::<T>())?;
+    let packed = data
+        .slice_mut::<T>()
+        .chunks_exact_mut((len / panels.len().max(1)).max(1));
+    for (packed, rows) in packed.zip(panels) {
+        for (row, values) in values[rows.start * cols..rows.end * cols]
+            .chunks_exact(cols.max(1))
+            .enumerate()
+        {
+            for (col, value) in values.iter().enumerate() {
+                packed[place(col * PANEL + row)] = *value;
+            }
+        }
+    }
+    Ok(data)
+}

@@ -1,0 +1,337 @@
+//! `x W^T`: the one product behind linear layers, experts and per-head weights.
+//!
+//! Sum of one output: 16 inputs at a time are multiplied and added in order, and that partial sum, times the scales of
+//! its block, is added to the total. A single row runs four such chunks side by side, straight from the packed weights;
+//! several rows share a block of weights dequantised once. Both give the same bits.
+
+use half::bf16;
+
+use super::packed::{CHUNK, Form, PANEL, Packed};
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{Isa, Kernel, Simd};
+use crate::fp8;
+
+/// Rows that are computed against one dequantised block: with it they fill the first-level cache. A multiple of both
+/// tiles' rows.
+const ROWS: usize = 48;
+
+/// Multiply-adds that are worth a task of their own, about 2 us.
+const TASK: usize = 1 << 16;
+
+/// One row of a product.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::cpu) struct Row {
+    /// Inputs, padded with zeros to the weights' padded columns.
+    pub(in crate::cpu) x: *const f32,
+    /// One scale per 128 inputs, or null for none.
+    pub(in crate::cpu) scales: *const f32,
+    /// Where the outputs go.
+    pub(in crate::cpu) out: *mut f32,
+}
+
+// SAFETY: a row is plain addresses; `products`' contract covers what is behind them.
+unsafe impl Send for Row {}
+// SAFETY: as above.
+unsafe impl Sync for Row {}
+
+/// Rows that are multiplied by the same weights.
+pub(in crate::cpu) struct Part<'a> {
+    pub(in crate::cpu) weight: &'a Packed,
+    pub(in crate::cpu) rows: std::ops::Range<usize>,
+}
+
+/// Computes all parts of `rows`.
+///
+/// # Safety
+/// Every row's inputs, scales and outputs are good for its part's weights, and nothing else touches the outputs.
+pub(in crate::cpu) unsafe fn products(pool: &mut Pool, isa: Isa, rows: &[Row], parts: &[Part<'_>]) {
+    let mut tasks = Vec::new();
+    let mut work = 0;
+    for part in parts {
+        let (weight, panels) = (part.weight, part.weight.panels());
+        for start in part.rows.clone().step_by(2 * ROWS) {
+            let rows = &rows[start..part.rows.end.min(start + 2 * ROWS)];
+            let panel_work = rows.len() * weight.cols * PANEL;
+            work += panel_work * panels;
+            let step = (TASK / panel_work.max(1)).clamp(1, panels.max(1));
+            tasks.extend((0..panels).step_by(step).map(|first| Product {
+                weight,
+                panels: first..panels.min(first + step),
+                rows,
+            }));
+        }
+    }
+    pool.run(tasks.len(), work < 2 * TASK, &|i| {
+        // SAFETY: the caller's; tasks differ in rows or panels, so their outputs are disjoint.
+        unsafe { isa.run(tasks[i].clone()) };
+    });
+}
+
+#[derive(Clone)]
+struct Product<'a> {
+    weight: &'a Packed,
+    panels: std::ops::Range<usize>,
+    rows: &'a [Row],
+}
+
+impl Kernel for Product<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the caller's; `form` says what the packed bytes are.
+        unsafe {
+            match self.weight.form {
+                Form::F32 => self.panels::<S, f32>(),
+                Form::Bf16 => self.panels::<S, bf16>(),
+                Form::Fp8 => self.panels::<S, u8>(),
+            }
+        }
+    }
+}
+
+/// How packed weights of a type become float32.
+trait Load: Sized {
+    /// Two columns of 32 rows.
+    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2];
+}
+
+impl Load for f32 {
+    #[inline(always)]
+    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
+        // SAFETY: the caller's.
+        unsafe {
+            [
+                [S::load(p), S::load(p.add(16))],
+                [S::load(p.add(32)), S::load(p.add(48))],
+            ]
+        }
+    }
+}
+
+impl Load for bf16 {
+    #[inline(always)]
+    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
+        // SAFETY: the caller's.
+        unsafe { [S::bf16_pair(p), S::bf16_pair(p.add(PANEL))] }
+    }
+}
+
+impl Load for u8 {
+    #[inline(always)]
+    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
+        // SAFETY: the caller's.
+        unsafe { S::fp8_rows(p) }
+    }
+}
+
+/// A block of dequantised weights, and the totals of up to `ROWS` rows of a panel.
+#[repr(align(64))]
+struct Scratch {
+    weights: [f32; fp8::BLOCK * PANEL],
+    totals: [f32; ROWS * PANEL],
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn panels<S: Simd, W: Load>(&self) {
+        let mut scratch = std::mem::MaybeUninit::<Scratch>::uninit();
+        // SAFETY: both fields are written before they are read: totals are zeroed for the rows in use, weights by
+        // `dequantise` for the chunks in use. The pointers stay within them.
+        let (weights, totals) = unsafe {
+            let scratch = scratch.as_mut_ptr();
+            (
+                (&raw mut (*scratch).weights).cast::<f32>(),
+                (&raw mut (*scratch).totals).cast::<f32>(),
+            )
+        };
+        for panel in self.panels.clone() {
+            let outputs = self.weight.outputs(panel);
+            for rows in self.rows.chunks(ROWS) {
+                // SAFETY: as above; outputs are the caller's.
+                unsafe {
+                    totals.write_bytes(0, rows.len() * PANEL);
+                    self.block_sums::<S, W>(panel, rows, weights, totals);
+                    for (i, row) in rows.iter().enumerate() {
+                        let out = row.out.add(outputs.start);
+                        out.copy_from_nonoverlapping(totals.add(i * PANEL), outputs.len());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds every block's products of `rows` with a panel to `totals`.
+    #[inline(always)]
+    unsafe fn block_sums<S: Simd, W: Load>(
+        &self,
+        panel: usize,
+        rows: &[Row],
+        scratch: *mut f32,
+        totals: *mut f32,
+    ) {
+        let padded = self.weight.padded();
+        let packed = self.weight.panel(panel).as_ptr().cast::<W>();
+        for block in 0..padded.div_ceil(fp8::BLOCK) {
+            let first = block * fp8::BLOCK;
+            let chunks = (padded - first).min(fp8::BLOCK) / CHUNK;
+            let scale = self.weight.scale(panel, block);
+            // SAFETY: the panel holds `padded` columns of 32, rows `padded` inputs and a scale per block.
+            unsafe {
+                let packed = packed.add(first * PANEL);
+                let at = |i: usize| -> (*const f32, f32) {
+                    let row: Row = rows[i];
+                    let own = if row.scales.is_null() {
+                        1.0
+                    } else {
+                        *row.scales.add(block)
+                    };
+                    (row.x.add(first), own * scale)
+                };
+                if rows.len() == 1 {
+                    tile::<S, W, 1>([at(0)], packed, chunks, totals);
+                    continue;
+                }
+                let weights = dequantise::<S, W>(packed, chunks, scratch);
+                let mut i = 0;
+                while i < rows.len() {
+                    let totals = totals.add(i * PANEL);
+                    match rows.len() - i {
+                        1 => tile::<S, f32, 1>([at(i)], weights, chunks, totals),
+                        2 => tile::<S, f32, 2>([0, 1].map(|j| at(i + j)), weights, chunks, totals),
+                        3.. if !S::WIDE => {
+                            tile::<S, f32, 3>(
+                                [0, 1, 2].map(|j| at(i + j)),
+                                weights,
+                                chunks,
+                                totals,
+                            );
+                        }
+                        3 => {
+                            tile::<S, f32, 3>(
+                                [0, 1, 2].map(|j| at(i + j)),
+                                weights,
+                                chunks,
+                                totals,
+                            );
+                        }
+                        4 => tile::<S, f32, 4>(
+                            [0, 1, 2, 3].map(|j| at(i + j)),
+                            weights,
+                            chunks,
+                            totals,
+                        ),
+                        5 => tile::<S, f32, 5>(
+                            [0, 1, 2, 3, 4].map(|j| at(i + j)),
+                            weights,
+                            chunks,
+                            totals,
+                        ),
+                        _ => tile::<S, f32, 6>(
+                            [0, 1, 2, 3, 4, 5].map(|j| at(i + j)),
+                            weights,
+                            chunks,
+                            totals,
+                        ),
+                    }
+                    i += if S::WIDE { 6 } else { 3 };
+                }
+            }
+        }
+    }
+}
+
+/// Float32 weights of a block: where they are, or in `scratch`.
+#[inline(always)]
+unsafe fn dequantise<S: Simd, W: Load>(
+    packed: *const W,
+    chunks: usize,
+    scratch: *mut f32,
+) -> *const f32 {
+    if size_of::<W>() == size_of::<f32>() {
+        return packed.cast();
+    }
+    for two in 0..chunks * CHUNK / 2 {
+        // SAFETY: `chunks` of packed weights and of room in the scratch.
+        unsafe {
+            let weights = W::two::<S>(packed.add(two * 2 * PANEL));
+            for (i, v) in weights.as_flattened().iter().enumerate() {
+                S::store(scratch.add(two * 2 * PANEL + i * 16), *v);
+            }
+        }
+    }
+    scratch
+}
+
+/// Adds the products of `M` rows with `chunks` chunks of a panel to their totals.
+#[inline(always)]
+unsafe fn tile<S: Simd, W: Load, const M: usize>(
+    rows: [(*const f32, f32); M],
+    weights: *const W,
+    chunks: usize,
+    totals: *mut f32,
+) {
+    // SAFETY: the caller's: weights, inputs and totals are as long as `chunks` and `M` say.
+    unsafe {
+        let mut sums: [[S::V; 2]; M] = std::array::from_fn(|m| {
+            let total = totals.add(m * PANEL);
+            [S::load(total), S::load(total.add(16))]
+        });
+        let mut chunk = 0;
+        // With few rows, several chunks at once hide the latency of the multiply-add.
+        if M <= 2 && S::WIDE {
+            while chunk + 4 <= chunks {
+                step::<S, W, M, 4>(rows, weights, chunk, &mut sums);
+                chunk += 4;
+            }
+        } else if M <= 4 && S::WIDE || M == 1 {
+            while chunk + 2 <= chunks {
+                step::<S, W, M, 2>(rows, weights, chunk, &mut sums);
+                chunk += 2;
+            }
+        }
+        while chunk < chunks {
+            step::<S, W, M, 1>(rows, weights, chunk, &mut sums);
+            chunk += 1;
+        }
+        for (m, sum) in sums.iter().enumerate() {
+            S::store(totals.add(m * PANEL), sum[0]);
+            S::store(totals.add(m * PANEL + 16), sum[1]);
+        }
+    }
+}
+
+/// `C` chunks of `M` rows, side by side.
+#[inline(always)]
+unsafe fn step<S: Simd, W: Load, const M: usize, const C: usize>(
+    rows: [(*const f32, f32); M],
+    weights: *const W,
+    chunk: usize,
+    sums: &mut [[S::V; 2]; M],
+) {
+    // SAFETY: the caller's, as for `tile`.
+    unsafe {
+        let mut partial = [[[S::splat(0.0); 2]; C]; M];
+        for k in (0..CHUNK).step_by(2) {
+            for c in 0..C {
+                let col = (chunk + c) * CHUNK + k;
+                let two = W::two::<S>(weights.add(col * PANEL));
+                for j in 0..2 {
+                    for m in 0..M {
+                        let x = S::splat(*rows[m].0.add(col + j));
+                        let p = &mut partial[m][c];
+                        p[0] = S::fma(x, two[j][0], p[0]);
+                        p[1] = S::fma(x, two[j][1], p[1]);
+                    }
+                }
+            }
+        }
+        for c in 0..C {
+            for m in 0..M {
+                let scale = S::splat(rows[m].1);
+                sums[m][0] = S::fma(partial[m][c][0], scale, sums[m][0]);
+                sums[m][1] = S::fma(partial[m][c][1], scale, sums[m][1]);
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! AVX-512 (F, BW, VL, DQ and VBMI): one register a vector.
+#![expect(
+    unsafe_op_in_unsafe_fn,
+    reason = "the contract of every method is the trait's"
+)]
+
+use std::arch::x86_64::{
+    __m512, __m512i, _CMP_LT_OQ, _mm_storeu_si128, _mm256_loadu_si256, _mm512_abs_ps,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cmpge_epu32_mask, _mm512_cmplt_epu32_mask, _mm512_cvtepi32_epi8,
+    _mm512_cvtepu16_epi32, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_blend_epi32, _mm512_mask_mov_ps, _mm512_maskz_loadu_ps,
+    _mm512_max_ps, _mm512_min_epu32, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
+    _mm512_permute_ps, _mm512_permutex2var_epi8, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
+};
+
+use half::bf16;
+
+use super::{Kernel, Simd};
+use crate::fp8;
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+/// Runs a kernel with these features on.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma")]
+pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run::<Avx512>()
+}
+
+/// High or low byte of the bfloat16 of every positive FP8 value: what VBMI's 128-entry look-up takes.
+const fn bf16_bytes(high: bool) -> [u8; 128] {
+    let mut table = [0; 128];
+    let mut i = 0;
+    while i < 128 {
+        let bits = fp8::VALUES[i].to_bits() >> 16;
+        table[i] = if high { (bits >> 8) as u8 } else { bits as u8 };
+        i += 1;
+    }
+    table
+}
+
+static HIGH: [u8; 128] = bf16_bytes(true);
+static LOW: [u8; 128] = bf16_bytes(false);
+
+#[inline(always)]
+unsafe fn table(bytes: &[u8; 128]) -> [__m512i; 2] {
+    [
+        _mm512_loadu_si512(bytes.as_ptr().cast()),
+        _mm512_loadu_si512(bytes.as_ptr().add(64).cast()),
+    ]
+}
+
+/// The even and the odd words of a register of bfloat16, as float32.
+#[inline(always)]
+unsafe fn widen(words: __m512i) -> [__m512; 2] {
+    [
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)),
+        _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65_536))),
+    ]
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const WIDE: bool = true;
+    // Interleaving bytes of a register works within its 128-bit quarters: quarter q's first 8 bytes become the even and
+    // odd words 8q.. of one register, its last 8 of another.
+    const FP8_ORDER: [u8; 64] = {
+        let mut order = [0; 64];
+        let mut vector = 0;
+        while vector < 4 {
+            let mut lane = 0;
+            while lane < 16 {
+                let byte = 16 * (lane / 4) + 8 * (vector / 2) + 2 * (lane % 4) + vector % 2;
+                order[byte] = (16 * vector + lane) as u8;
+                lane += 1;
+            }
+            vector += 1;
+        }
+        order
+    };
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        _mm512_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        _mm512_loadu_ps(p)
+    }
+    #[inline(always)]
+    unsafe fn load_first(p: *const f32, n: usize) -> __m512 {
+        _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, p)
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        _mm512_storeu_ps(p, v);
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        _mm512_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        _mm512_add_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        _mm512_sub_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        _mm512_mul_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        _mm512_div_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        _mm512_max_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        _mm512_min_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn abs(a: __m512) -> __m512 {
+        _mm512_abs_ps(a)
+    }
+    #[inline(always)]
+    unsafe fn zero_below(y: __m512, x: __m512, limit: __m512) -> __m512 {
+        let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, limit);
+        _mm512_mask_mov_ps(y, below, _mm512_setzero_ps())
+    }
+    #[inline(always)]
+    unsafe fn pow2(n: __m512) -> __m512 {
+        let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+    }
+    #[inline(always)]
+    unsafe fn sum4(v: [__m512; 4]) -> [f32; 4] {
+        // Two vectors fold into the quarters of one, then four, then within the quarters.
+        let fold = |a, b| {
+            _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x44>(a, b),
+                _mm512_shuffle_f32x4::<0xee>(a, b),
+            )
+        };
+        let (a, b) = (fold(v[0], v[1]), fold(v[2], v[3]));
+        let s = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0xdd>(a, b),
+        );
+        let s = _mm512_add_ps(s, _mm512_permute_ps::<0x4e>(s));
+        let s = _mm512_add_ps(s, _mm512_permute_ps::<0xb1>(s));
+        let mut sums = [0.0; 16];
+        _mm512_storeu_ps(sums.as_mut_ptr(), s);
+        [sums[0], sums[4], sums[8], sums[12]]
+    }
+    #[inline(always)]
+    unsafe fn bf16_pair(p: *const bf16) -> [__m512; 2] {
+        widen(_mm512_loadu_si512(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn bf16(p: *const bf16) -> __m512 {
+        let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+    }
+    #[inline(always)]
+    unsafe fn fp8_rows(p: *const u8) -> [[__m512; 2]; 2] {
+        let bytes = _mm512_loadu_si512(p.cast());
+        let [h0, h1] = table(&HIGH);
+        let [l0, l1] = table(&LOW);
+        // The look-up ignores the sign, which goes back on the high byte.
+        let sign = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
+        let high = _mm512_or_si512(_mm512_permutex2var_epi8(h0, bytes, h1), sign);
+        let low = _mm512_permutex2var_epi8(l0, bytes, l1);
+        [
+            widen(_mm512_unpacklo_epi8(low, high)),
+            widen(_mm512_unpackhi_epi8(low, high)),
+        ]
+    }
+    #[inline(always)]
+    unsafe fn store_fp8(p: *mut u8, v: __m512) {
+        let set = |x| _mm512_set1_epi32(x);
+        let bits = _mm512_castps_si512(v);
+        let sign = _mm512_and_si512(_mm512_srli_epi32::<24>(bits), set(0x80));
+        let magnitude = _mm512_castps_si512(_mm512_abs_ps(v));
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(magnitude), set(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(magnitude, set(0x7_ffff)), odd);
+        let normal = _mm512_sub_epi32(_mm512_srli_epi32::<20>(rounded), set(960));
+        // Near 2^14 float32 counts in steps of 2^-9, as FP8 does below its smallest normal value.
+        let step = _mm512_set1_ps(16_384.0);
+        let steps = _mm512_castps_si512(_mm512_add_ps(_mm512_abs_ps(v), step));
+        let subnormal = _mm512_sub_epi32(steps, _mm512_castps_si512(step));
+        let small = _mm512_cmplt_epu32_mask(magnitude, set(0x3c80_0000));
+        let infinite = _mm512_cmpge_epu32_mask(magnitude, set(0x7f80_0000));
+        let finite = _mm512_mask_blend_epi32(small, _mm512_min_epu32(normal, set(0x7e)), subnormal);
+        let value = _mm512_mask_blend_epi32(infinite, finite, set(0x7f));
+        let bytes = _mm512_cvtepi32_epi8(_mm512_or_si512(value, sign));
+        _mm_storeu_si128(p.cast(), bytes);
+    }
+}
