@@ -4,6 +4,8 @@
 mod bench;
 mod chat;
 mod client;
+#[cfg(test)]
+mod fake_server;
 mod format;
 mod reference;
 mod sse;

@@ -175,3 +175,120 @@ fn progress(requests: u64) -> ProgressBar {
     .expect("a constant template");
     ProgressBar::new(requests).with_style(style)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::{
+        bench::prompts::Prompts,
+        fake_server::{self, Behaviour},
+    };
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn driver(url: &str) -> Driver {
+        Driver::new(Client::new(url, None).unwrap(), "fake".into(), MINUTE)
+    }
+
+    fn load(arrivals: Arrivals, requests: usize) -> Load {
+        Load::drawn(
+            arrivals,
+            requests,
+            (10, 5),
+            Prompts {
+                vocabulary: 50,
+                seed: 1,
+            },
+        )
+    }
+
+    #[tokio::test]
+    async fn a_closed_loop_keeps_its_places_filled_and_no_more() {
+        let pause = Duration::from_millis(2);
+        let (url, seen) = fake_server::serve(Behaviour { pause, accept: 100 }).await;
+        let run = driver(&url)
+            .run(
+                &load(Arrivals::Closed(3), 12),
+                MINUTE,
+                &CancellationToken::new(),
+            )
+            .await;
+        assert_eq!((run.records.len(), run.cut_off), (12, 0));
+        assert_eq!(seen.most_under_way.load(Ordering::SeqCst), 3);
+        for record in run.records {
+            let timing = record.outcome.unwrap();
+            assert_eq!(
+                (record.input_tokens, timing.output_tokens, timing.gaps.len()),
+                (10, 5, 4)
+            );
+            assert!(timing.first_token <= timing.total);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_open_loop_does_not_wait_for_answers() {
+        let pause = Duration::from_millis(50);
+        let (url, seen) = fake_server::serve(Behaviour { pause, accept: 100 }).await;
+        let times: Vec<Duration> = (0..8).map(Duration::from_millis).collect();
+        let load = load(Arrivals::At(times.into()), 8);
+        let run = driver(&url)
+            .run(&load, MINUTE, &CancellationToken::new())
+            .await;
+        assert_eq!(run.records.len(), 8);
+        assert_eq!(seen.most_under_way.load(Ordering::SeqCst), 8);
+    }
+
+    #[tokio::test]
+    async fn refusals_are_counted_by_their_status() {
+        let behaviour = Behaviour {
+            pause: Duration::ZERO,
+            accept: 2,
+        };
+        let (url, _) = fake_server::serve(behaviour).await;
+        let run = driver(&url)
+            .run(
+                &load(Arrivals::Closed(1), 5),
+                MINUTE,
+                &CancellationToken::new(),
+            )
+            .await;
+        let refused = run
+            .records
+            .iter()
+            .filter_map(|record| record.outcome.as_ref().err());
+        assert_eq!(
+            refused.collect::<Vec<_>>(),
+            ["HTTP 429 Too Many Requests"; 3]
+        );
+    }
+
+    #[tokio::test]
+    async fn time_that_is_up_cuts_off_what_runs() {
+        let pause = Duration::from_secs(30);
+        let (url, _) = fake_server::serve(Behaviour { pause, accept: 100 }).await;
+        let run = driver(&url)
+            .run(
+                &load(Arrivals::Closed(2), 5),
+                Duration::from_millis(100),
+                &CancellationToken::new(),
+            )
+            .await;
+        assert_eq!((run.records.len(), run.cut_off), (0, 2));
+    }
+
+    #[tokio::test]
+    async fn warming_up_sends_the_first_requests_once() {
+        let behaviour = Behaviour {
+            pause: Duration::ZERO,
+            accept: 100,
+        };
+        let (url, seen) = fake_server::serve(behaviour).await;
+        let load = load(Arrivals::Closed(1), 5);
+        driver(&url)
+            .warm_up(&load, 3, &CancellationToken::new())
+            .await;
+        assert_eq!(seen.requests.load(Ordering::SeqCst), 3);
+    }
+}

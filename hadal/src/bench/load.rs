@@ -116,6 +116,29 @@ impl Load {
         })
     }
 
+    /// A load of equal requests.
+    #[cfg(test)]
+    pub(super) fn drawn(
+        arrivals: Arrivals,
+        requests: usize,
+        (input, output): (u64, u64),
+        prompts: Prompts,
+    ) -> Self {
+        let source = Source::Drawn {
+            input,
+            output,
+            spread: 0.0,
+            shared_prefix: 0.0,
+        };
+        Self {
+            arrivals,
+            requests,
+            source,
+            prompts,
+            max_len: u64::MAX,
+        }
+    }
+
     /// Request `index` of the load.
     pub(super) fn job(&self, index: usize) -> Job {
         match &self.source {

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     plan::Plan,
     screen::Screen,
-    supervisor::{Change, Event, Role, Supervisor},
+    spec::Role,
+    supervisor::{Change, Event, Supervisor},
     workers_file,
 };
 use crate::{client::Client, format};

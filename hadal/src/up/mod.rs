@@ -1,14 +1,16 @@
 //! `hadal up`: prefill workers, decode workers and a router as processes on this machine, over one checkpoint.
 //!
-//! [`Plan`](plan::Plan) says what to run, [`supervisor`] keeps each process running, [`Cluster`] follows them all,
+//! [`Plan`] says what to run, [`supervisor`] keeps each process running, [`Cluster`] follows them all,
 //! tells the router who is there and shows it, [`ask`] puts the first question.
 
 mod args;
 mod ask;
+mod backoff;
 mod checkpoint;
 mod cluster;
 mod plan;
 mod screen;
+mod spec;
 mod supervisor;
 mod workers_file;
 

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use super::{
     args::{Args, Mode},
     checkpoint::{self, Checkpoint},
-    supervisor::{Role, Spec},
+    spec::{Role, Spec},
 };
 use crate::format;
 

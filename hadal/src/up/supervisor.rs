@@ -5,9 +5,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    ffi::OsString,
     fs,
-    net::SocketAddr,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -21,50 +19,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::{backoff::Backoff, spec::Spec};
+
 /// How long a child may drain once it was asked to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Lines of a dead process's log that are shown.
 const LOG_TAIL_LINES: usize = 15;
-
-/// What a process does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
-    /// Computes prompts.
-    Prefill,
-    /// Generates.
-    Decode,
-    /// Does both.
-    Combined,
-    /// Speaks with clients.
-    Router,
-}
-
-impl Role {
-    /// One lower-case word.
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-            Self::Combined => "combined",
-            Self::Router => "router",
-        }
-    }
-}
-
-/// How to start a process.
-#[derive(Clone, Debug)]
-pub(super) struct Spec {
-    /// Name for people and for the log file.
-    pub(super) name: String,
-    /// What it does.
-    pub(super) role: Role,
-    /// Arguments after the program.
-    pub(super) args: Vec<OsString>,
-    /// Flag, name among the announced addresses, and address of listeners that must stay where they are over restarts.
-    pub(super) pinned: Vec<(&'static str, &'static str, SocketAddr)>,
-    /// Variables of its environment beside ours.
-    pub(super) env: Vec<(String, OsString)>,
-}
 
 /// What happened to the process of a slot.
 #[derive(Debug)]
@@ -297,47 +257,10 @@ fn tail(path: &Path) -> String {
     Vec::from(lines).join("\n")
 }
 
-/// How long to wait before a process is started again: twice as long each time it dies young.
-#[derive(Debug, Default)]
-struct Backoff {
-    deaths: u32,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(250);
-    const LONGEST: Duration = Duration::from_secs(30);
-    /// A process that lived this long was well: the next death counts as the first.
-    const GOOD_LIFE: Duration = Duration::from_secs(60);
-
-    fn after_life_of(&mut self, lived: Duration) -> Duration {
-        if lived >= Self::GOOD_LIFE {
-            self.deaths = 0;
-        }
-        let pause = Self::FIRST.saturating_mul(2u32.saturating_pow(self.deaths));
-        self.deaths = self.deaths.saturating_add(1);
-        pause.min(Self::LONGEST)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_that_keeps_dying_young_is_started_less_and_less_often() {
-        let mut backoff = Backoff::default();
-        let pauses: Vec<u128> = (0..9)
-            .map(|_| backoff.after_life_of(Duration::from_secs(1)).as_millis())
-            .collect();
-        assert_eq!(
-            pauses,
-            [250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000]
-        );
-        assert_eq!(
-            backoff.after_life_of(Duration::from_secs(61)),
-            Backoff::FIRST
-        );
-    }
+    use crate::up::spec::Role;
 
     #[test]
     fn only_the_end_of_a_log_is_shown() {

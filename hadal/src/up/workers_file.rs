@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::json;
 
-use super::supervisor::Role;
+use super::spec::Role;
 
 /// Where the list lies in the directory of a run.
 pub(super) fn path(folder: &Path) -> PathBuf {
