@@ -62,7 +62,7 @@ definitions! {
 
     /// Part of the KV blocks in use by running requests and leases
     WORKER_KV_CACHE_USAGE = Kind::Gauge, "hadal_worker_kv_cache_usage_ratio", [];
-    /// KV blocks by state (free, cached, used)
+    /// KV blocks by state (free, cached, used, quarantined)
     WORKER_KV_BLOCKS = Kind::Gauge, "hadal_worker_kv_blocks", ["state"];
     /// Requests that compute now
     WORKER_RUNNING = Kind::Gauge, "hadal_worker_running_requests", [];
@@ -72,21 +72,25 @@ definitions! {
     WORKER_PROMPT_TOKENS = Kind::Counter, "hadal_worker_prompt_tokens_total", ["source"];
     /// Tokens generated
     WORKER_GENERATED_TOKENS = Kind::Counter, "hadal_worker_generated_tokens_total", [];
-    /// Requests that ended, by how (stop, length, cancelled, error)
+    /// Sequences that ended here, by how (stop, length, hand_off, cancelled, error)
     WORKER_REQUESTS = Kind::Counter, "hadal_worker_requests_total", ["result"];
     /// How long requests waited for room in the batch
     WORKER_QUEUE_DURATION = Kind::Histogram(LATENCY), "hadal_worker_queue_duration_seconds", [];
-    /// Duration of one step of the engine
-    WORKER_STEP_DURATION = Kind::Histogram(LATENCY), "hadal_worker_step_duration_seconds", [];
+    /// From a prompt's start in the batch to its first token
+    WORKER_PREFILL_DURATION = Kind::Histogram(LATENCY), "hadal_worker_prefill_duration_seconds", [];
+    /// Steps of the batch
+    WORKER_STEPS = Kind::Counter, "hadal_worker_steps_total", [];
+    /// Sequences that lost their blocks to an older one and were computed anew
+    WORKER_PREEMPTIONS = Kind::Counter, "hadal_worker_preemptions_total", [];
 
-    /// From the first to the last byte of a request's KV
+    /// Sent: from the first stream to the last acknowledgement; received: how long a sequence waited for its KV
     KV_TRANSFER_DURATION = Kind::Histogram(LATENCY), "hadal_kv_transfer_duration_seconds", ["direction", "transport"];
     /// Bytes of KV that moved (direction: sent, received)
     KV_TRANSFER_BYTES = Kind::Counter, "hadal_kv_transfer_bytes_total", ["direction", "transport"];
     /// Transfers that ended in an error, by reason
     KV_TRANSFER_FAILURES = Kind::Counter, "hadal_kv_transfer_failures_total", ["direction", "transport", "reason"];
-    /// Leases by state (reserved, receiving, sealed)
-    KV_LEASES = Kind::Gauge, "hadal_kv_leases", ["state"];
+    /// Leases that hold blocks for a transfer
+    KV_LEASES = Kind::Gauge, "hadal_kv_leases", [];
     /// Leases that nobody wrote to or asked for in time
     KV_LEASE_EXPIRATIONS = Kind::Counter, "hadal_kv_lease_expirations_total", [];
     /// 1 for the transport in use

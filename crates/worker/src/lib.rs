@@ -1,1 +1,21 @@
-//! skeleton
+//! What prefill and decode workers share: an engine behind gRPC.
+//!
+//! [`serve`] assembles the services over an [`Engine`](engine::api::Engine), a listener and a way to connect that all
+//! come from outside, so that the same code runs over TCP and in a simulator.
+
+mod config;
+mod convert;
+mod decode;
+mod drain;
+mod info;
+mod metrics;
+mod prefill;
+mod rpc;
+mod serve;
+mod shared;
+mod status;
+
+pub use config::{Config, Identity, Role};
+pub use drain::Ended;
+pub use serve::{Error, Incoming, serve};
+pub use shared::Outside;
