@@ -1,1 +1,3 @@
-//! skeleton
+//! Small checkpoints and scripted parts for tests.
+
+pub mod checkpoint;
