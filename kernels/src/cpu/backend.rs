@@ -5,7 +5,7 @@ use super::memory::Memory;
 use super::multiply::{Group, Weights, multiply};
 use super::pool::Pool;
 use super::views::{Acts, Rows, Seqs, Sink, device, ensure, f32s, f32s_mut, i32s, i32s_mut, shape};
-use super::{Cpu, Expert, Experts, Heads, Linear, Stream, reference};
+use super::{Cpu, Expert, Experts, Heads, Linear, Stream, fast, reference};
 use crate::backend::{
     Backend, Columns, Dispatch, Error, GateShape, HostMatrix, Input, Output, Precision, Quantised,
     Result, Routing, ScaleFormat, Sequences,
@@ -188,7 +188,7 @@ impl Backend for Cpu {
 
     fn add_norm(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         residual: &mut Tensor<Memory>,
         delta: Option<&Tensor<Memory>>,
         weight: &Tensor<Memory>,
@@ -203,15 +203,30 @@ impl Backend for Cpu {
         ensure(widths == [hidden, hidden], op, || {
             format!("residual of {hidden}, weight and delta of {widths:?}")
         })?;
-        let out = Sink::of(op, out, hidden, rows)?;
+        let out = Sink::of(op, out, hidden, rows, stream.isa)?;
         let residual = f32s_mut(op, residual, rows)?;
-        reference::add_norm(residual, delta, f32s(op, weight, 1)?, eps, rows, &out);
+        let weight = f32s(op, weight, 1)?;
+        match stream.isa {
+            None => reference::add_norm(residual, delta, weight, eps, rows, &out),
+            Some(isa) => {
+                fast::add_norm(
+                    &mut stream.pool,
+                    isa,
+                    residual,
+                    delta,
+                    weight,
+                    eps,
+                    rows,
+                    &out,
+                );
+            }
+        }
         Ok(())
     }
 
     fn norm(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: Columns<'_, Memory>,
         weight: &Tensor<Memory>,
         eps: f32,
@@ -223,14 +238,18 @@ impl Backend for Cpu {
         ensure(weight.cols == x.cols, op, || {
             format!("{} columns, weight of {}", x.cols, weight.cols)
         })?;
-        let out = Sink::of(op, out, x.cols, rows)?;
-        reference::norm(x, f32s(op, weight, 1)?, eps, rows, &out);
+        let out = Sink::of(op, out, x.cols, rows, stream.isa)?;
+        let weight = f32s(op, weight, 1)?;
+        match stream.isa {
+            None => reference::norm(x, weight, eps, rows, &out),
+            Some(isa) => fast::norm(&mut stream.pool, isa, x, weight, eps, rows, &out),
+        }
         Ok(())
     }
 
     fn quantise(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: &Tensor<Memory>,
         rows: usize,
         scale: ScaleFormat,
@@ -241,7 +260,11 @@ impl Backend for Cpu {
             plain: None,
             quantised: Some((out, scale)),
         };
-        reference::quantise(x, rows, &Sink::of("quantise", out, x.cols, rows)?);
+        let out = Sink::of("quantise", out, x.cols, rows, stream.isa)?;
+        match stream.isa {
+            None => reference::quantise(x, rows, &out),
+            Some(_) => fast::quantise(&mut stream.pool, x, rows, &out),
+        }
         Ok(())
     }
 
@@ -271,7 +294,7 @@ impl Backend for Cpu {
 
     fn swiglu(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         gate_up: &Tensor<Memory>,
         rows: usize,
         out: Output<'_, Memory>,
@@ -281,8 +304,11 @@ impl Backend for Cpu {
         ensure(gate_up.cols.is_multiple_of(2), op, || {
             format!("{} columns are no gate and up", gate_up.cols)
         })?;
-        let out = Sink::of(op, out, gate_up.cols / 2, rows)?;
-        reference::swiglu(gate_up, rows, &out);
+        let out = Sink::of(op, out, gate_up.cols / 2, rows, stream.isa)?;
+        match stream.isa {
+            None => reference::swiglu(gate_up, rows, &out),
+            Some(isa) => fast::swiglu(&mut stream.pool, isa, gate_up, rows, &out),
+        }
         Ok(())
     }
 
@@ -348,7 +374,7 @@ impl Backend for Cpu {
 
     fn rope(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         q: &mut Tensor<Memory>,
         heads: usize,
         nope: usize,
@@ -374,13 +400,17 @@ impl Backend for Cpu {
         let positions = i32s(op, positions, rows)?;
         within(op, positions, table.rows)?;
         let table = f32s(op, table, table.rows)?;
-        reference::rope(f32s_mut(op, q, rows)?, heads, nope, rope, table, positions);
+        let q = f32s_mut(op, q, rows)?;
+        match stream.isa {
+            None => reference::rope(q, heads, nope, rope, table, positions),
+            Some(_) => fast::rope(&mut stream.pool, q, heads, nope, rope, table, positions),
+        }
         Ok(())
     }
 
     fn cache_write(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         kv: Columns<'_, Memory>,
         weight: &Tensor<Memory>,
         eps: f32,
@@ -418,7 +448,20 @@ impl Backend for Cpu {
         }
         let weight = f32s(op, weight, 1)?;
         let table = f32s(op, table, table.rows)?;
-        reference::cache_write(kv, weight, eps, table, slots, positions, layer, cache)
+        let norm = |x: &[f32], out: &mut [f32]| match stream.isa {
+            None => reference::norm_row(x, weight, eps, out),
+            Some(isa) => fast::norm_row(isa, x, weight, eps, out),
+        };
+        reference::cache_write(
+            kv,
+            weight.len(),
+            &norm,
+            table,
+            slots,
+            positions,
+            layer,
+            cache,
+        )
     }
 
     fn absorb_query(
@@ -460,7 +503,7 @@ impl Backend for Cpu {
 
     fn attend_absorbed(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         q: &Tensor<Memory>,
         cache: &Cache,
         layer: usize,
@@ -488,7 +531,20 @@ impl Backend for Cpu {
         )?;
         let seqs = Seqs::of(op, seqs, rows, cache.blocks, BLOCK_TOKENS)?;
         let (q, out) = (Rows::of(op, q, rows)?, f32s_mut(op, out, rows)?);
-        reference::attend_absorbed(q, cache, layer, seqs, heads, scale, out)
+        match stream.isa {
+            None => reference::attend_absorbed(q, cache, layer, seqs, heads, scale, out),
+            Some(isa) => fast::attend_absorbed(
+                &mut stream.pool,
+                isa,
+                q,
+                cache,
+                layer,
+                seqs,
+                heads,
+                scale,
+                out,
+            ),
+        }
     }
 
     fn absorb_value(
@@ -550,7 +606,7 @@ impl Backend for Cpu {
 
     fn attend_expanded(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         q: &Tensor<Memory>,
         kv: &Tensor<Memory>,
         rope: &Tensor<Memory>,
@@ -583,13 +639,19 @@ impl Backend for Cpu {
         let q = Rows::of(op, q, rows)?;
         let (kv, rope) = (Rows::of(op, kv, kv.rows)?, Rows::of(op, rope, rope.rows)?);
         let out = f32s_mut(op, out, rows)?;
-        reference::attend_expanded(q, kv, rope, seqs, start, heads, scale, out);
+        match stream.isa {
+            None => reference::attend_expanded(q, kv, rope, seqs, start, heads, scale, out),
+            Some(isa) => {
+                let pool = &mut stream.pool;
+                fast::attend_expanded(pool, isa, q, kv, rope, seqs, start, heads, scale, out);
+            }
+        }
         Ok(())
     }
 
     fn gate(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         x: &Tensor<Memory>,
         weight: &Tensor<Memory>,
         bias: &Tensor<Memory>,
@@ -626,15 +688,24 @@ impl Backend for Cpu {
         ensure(bias.len() >= n, op, || {
             format!("{} biases for {n} experts", bias.len())
         })?;
-        reference::gate(
-            Rows::of(op, x, rows)?,
-            f32s(op, weight, n)?,
-            &bias[..n],
-            shape,
-            i32s_mut(op, &mut out.experts, rows * k)?,
-            f32s_mut(op, &mut out.weights, rows)?,
-            i32s_mut(op, counts, n)?,
-        );
+        let (x, weight, bias) = (Rows::of(op, x, rows)?, f32s(op, weight, n)?, &bias[..n]);
+        let experts = i32s_mut(op, &mut out.experts, rows * k)?;
+        let weights = f32s_mut(op, &mut out.weights, rows)?;
+        let counts = i32s_mut(op, counts, n)?;
+        match stream.isa {
+            None => reference::gate(x, weight, bias, shape, experts, weights, counts),
+            Some(isa) => fast::gate(
+                &mut stream.pool,
+                isa,
+                x,
+                weight,
+                bias,
+                shape,
+                experts,
+                weights,
+                counts,
+            ),
+        }
         Ok(())
     }
 
@@ -723,7 +794,7 @@ impl Backend for Cpu {
 
     fn combine(
         &self,
-        _: &mut Stream,
+        stream: &mut Stream,
         y: &Tensor<Memory>,
         routing: &Routing<Memory>,
         dispatch: &Dispatch<Memory>,
@@ -744,7 +815,13 @@ impl Backend for Cpu {
         let y = Rows::of(op, y, copies)?;
         let weights = f32s(op, &routing.weights, rows)?;
         let out = f32s_mut(op, out, rows)?;
-        reference::combine(y, weights, row_of_copy, top_k, shared, out);
+        match stream.isa {
+            None => reference::combine(y, weights, row_of_copy, top_k, shared, out),
+            Some(isa) => {
+                let pool = &mut stream.pool;
+                fast::combine(pool, isa, y, weights, row_of_copy, top_k, shared, out);
+            }
+        }
         Ok(())
     }
 

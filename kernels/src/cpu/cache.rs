@@ -94,9 +94,10 @@ impl Cache {
             write,
         };
         for page in pages {
-            let deadline = Instant::now() + PATIENCE;
+            let mut deadline = None;
             while !self.try_hold(page, write) {
-                if Instant::now() > deadline {
+                let now = Instant::now();
+                if now > *deadline.get_or_insert(now + PATIENCE) {
                     return Err(Error::Device {
                         op: "cache",
                         detail: format!(

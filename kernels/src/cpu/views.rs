@@ -4,7 +4,8 @@ use bytemuck::Pod;
 
 use super::memory::Memory;
 use super::pool::Split;
-use super::reference;
+use super::simd::Isa;
+use super::{fast, reference};
 use crate::backend::{Columns, Error, Input, Output, Result, ScaleFormat, Sequences};
 use crate::fp8;
 use crate::tensor::{DType, Tensor};
@@ -175,6 +176,7 @@ impl<'a> Acts<'a> {
 
 /// Where an operation's rows go; rows may be put by several threads, each row by one.
 pub(super) struct Sink<'a> {
+    isa: Option<Isa>,
     cols: usize,
     plain: Option<Split<'a, f32>>,
     quantised: Option<(Split<'a, u8>, Split<'a, f32>, ScaleFormat)>,
@@ -186,8 +188,10 @@ impl<'a> Sink<'a> {
         out: Output<'a, Memory>,
         cols: usize,
         rows: usize,
+        isa: Option<Isa>,
     ) -> Result<Self> {
         let mut sink = Self {
+            isa,
             cols,
             plain: None,
             quantised: None,
@@ -235,7 +239,26 @@ impl<'a> Sink<'a> {
                     scales.part(t * blocks, blocks),
                 )
             };
-            reference::quantise_row(row, *format, data, scales);
+            match self.isa {
+                None => reference::quantise_row(row, *format, data, scales),
+                Some(isa) => fast::quantise_row(isa, row, *format, data, scales),
+            }
+        }
+    }
+
+    /// Stores row `t` as `write` fills it.
+    ///
+    /// # Safety
+    /// No two threads fill the same row at once.
+    pub(super) unsafe fn fill(&self, t: usize, write: impl FnOnce(&mut [f32])) {
+        if let (Some(plain), None) = (&self.plain, &self.quantised) {
+            // SAFETY: row `t` is this caller's by contract.
+            write(unsafe { plain.part(t * self.cols, self.cols) });
+        } else {
+            let mut row = vec![0.0; self.cols];
+            write(&mut row);
+            // SAFETY: row `t` is this caller's by contract.
+            unsafe { self.put(t, &row) };
         }
     }
 }

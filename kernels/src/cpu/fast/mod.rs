@@ -6,8 +6,14 @@
     reason = "only what is inlined into a kernel's `run` is compiled for its instruction set"
 )]
 
+mod attention;
 mod packed;
 mod product;
+mod rows;
 
+pub(super) use attention::{attend_absorbed, attend_expanded};
 pub(super) use packed::{CHUNK, Packed};
 pub(super) use product::{Part, Row, products};
+pub(super) use rows::{
+    add_norm, combine, gate, norm, norm_row, quantise, quantise_row, rope, swiglu,
+};

@@ -1,29 +1,29 @@
 //! Multi-head latent attention over the paged cache, in both forms (deepseek-v3.md 3.2, 3.3).
 
-use super::rows::{norm_row, rotate};
+use super::rows::rotate;
 use crate::backend::Result;
 use crate::cpu::cache::{BLOCK_TOKENS, Cache, Page};
 use crate::cpu::views::{Rows, Seqs};
 
-/// Writes `[RMSNorm(latent) | RoPE(key)]` of every row with a slot to the cache.
+/// Writes `[norm(latent) | RoPE(key)]` of every row with a slot to the cache.
 pub(in crate::cpu) fn cache_write(
     kv: Rows<'_>,
-    weight: &[f32],
-    eps: f32,
+    latent: usize,
+    norm: &dyn Fn(&[f32], &mut [f32]),
     table: &[f32],
     slots: &[i32],
     positions: &[i32],
     layer: usize,
     cache: &Cache,
 ) -> Result<()> {
-    let (latent, rope) = (weight.len(), kv.cols - weight.len());
+    let rope = kv.cols - latent;
     let mut entry = vec![0.0; kv.cols];
     for (t, slot) in slots.iter().enumerate() {
         let Ok(slot) = usize::try_from(*slot) else {
             continue;
         };
         let row = kv.row(t);
-        norm_row(&row[..latent], weight, eps, &mut entry[..latent]);
+        norm(&row[..latent], &mut entry[..latent]);
         entry[latent..].copy_from_slice(&row[latent..]);
         rotate(
             &mut entry[latent..],
@@ -48,15 +48,19 @@ pub(in crate::cpu) fn cache_read(
     let (latents, latent) = latent;
     let (ropes, rope) = rope;
     for s in 0..seqs.count {
-        for token in 0..seqs.context(s) {
-            let row = start[s] as usize + token;
-            let pages = cache.read_pages([(seqs.block(s, token / BLOCK_TOKENS), layer)])?;
-            let (page, at) = (pages.page(0), token % BLOCK_TOKENS * cache.width);
-            for i in 0..latent {
-                latents[row * latent + i] = page.get(at + i);
-            }
-            for i in 0..rope {
-                ropes[row * rope + i] = page.get(at + latent + i);
+        for block in 0..seqs.context(s).div_ceil(BLOCK_TOKENS) {
+            let pages = cache.read_pages([(seqs.block(s, block), layer)])?;
+            let page = pages.page(0);
+            let first = block * BLOCK_TOKENS;
+            for token in first..seqs.context(s).min(first + BLOCK_TOKENS) {
+                let row = start[s] as usize + token;
+                let at = (token - first) * cache.width;
+                for i in 0..latent {
+                    latents[row * latent + i] = page.get(at + i);
+                }
+                for i in 0..rope {
+                    ropes[row * rope + i] = page.get(at + latent + i);
+                }
             }
         }
     }

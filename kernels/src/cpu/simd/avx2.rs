@@ -73,6 +73,9 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> V {
+        if n == LANES {
+            return Self::load(p);
+        }
         let mut v = [0.0; LANES];
         p.copy_to_nonoverlapping(v.as_mut_ptr(), n);
         Self::load(v.as_ptr())

@@ -1,7 +1,10 @@
 //! Every operation, in every implementation that this processor can run, against float64: the reference within its
 //! bound; the fast path within the same bound, and the same bits whatever the instruction set and the threads.
 
+mod attention;
 mod linear;
+mod moe;
+mod rows;
 
 use half::bf16;
 

@@ -1,0 +1,478 @@
+//! Attention over blocks of 64 context tokens with a running softmax.
+//!
+//! An *item* is one head of one query token. Items of a task share their keys and values: every block of those is
+//! brought to float32 once for all of them. Blocks start at multiples of 64 tokens whatever the batch, an item's sums run
+//! over its own visible tokens only, and so its result does not depend on the items beside it.
+
+use std::cell::RefCell;
+
+use crate::backend::Result;
+use crate::cpu::cache::{BLOCK_TOKENS, Cache, Page};
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
+use crate::cpu::views::{Rows, Seqs};
+
+/// Most items of a task.
+const ITEMS: usize = 32;
+
+/// Multiply-adds below which a parallel region costs more than it saves.
+const ALONE: usize = 1 << 17;
+
+thread_local! {
+    /// Room for a task's float32 keys, values, queries and sums.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// One head of one query token.
+#[derive(Clone, Copy)]
+struct Item {
+    /// The query, as wide as the keys.
+    q: *const f32,
+    /// Tokens it attends to, from the first on.
+    visible: usize,
+    /// Where the result goes, as wide as the values.
+    out: *mut f32,
+}
+
+// SAFETY: an item is plain addresses; `attend`'s contract covers what is behind them.
+unsafe impl Send for Item {}
+// SAFETY: as above.
+unsafe impl Sync for Item {}
+
+/// Where keys and values come from.
+#[derive(Clone)]
+enum Context<'a> {
+    /// Cache entries: the whole entry is the key, its first values (the latent) the value.
+    Latent(Vec<Page<'a>>),
+    /// One head of expanded rows `[key | value]`, from `first` on, and rope keys of all heads.
+    Expanded {
+        kv: Rows<'a>,
+        rope: Rows<'a>,
+        first: usize,
+    },
+}
+
+/// Items with the same keys and values.
+struct Group<'a> {
+    context: Context<'a>,
+    items: Vec<Item>,
+}
+
+/// Attention in the latent space over the paged cache.
+pub(in crate::cpu) fn attend_absorbed(
+    pool: &mut Pool,
+    isa: Isa,
+    q: Rows<'_>,
+    cache: &Cache,
+    layer: usize,
+    seqs: Seqs<'_>,
+    heads: usize,
+    scale: f32,
+    out: &mut [f32],
+) -> Result<()> {
+    let width = cache.width;
+    let value = out.len() / q.count.max(1) / heads;
+    let used = |s: usize| seqs.context(s).div_ceil(BLOCK_TOKENS);
+    let blocks = (0..seqs.count).flat_map(|s| (0..used(s)).map(move |i| (seqs.block(s, i), layer)));
+    let held = cache.read_pages(blocks)?;
+    let out = out.as_mut_ptr();
+    let mut next = 0;
+    let groups: Vec<Group<'_>> = (0..seqs.count)
+        .map(|s| {
+            let pages = next..next + used(s);
+            next = pages.end;
+            let item = |t: usize, h: usize| Item {
+                q: q.row(t)[h * width..][..width].as_ptr(),
+                visible: seqs.visible(s, t),
+                // SAFETY: row `t` is one of the `q.count` rows that `out` has.
+                out: unsafe { out.add((t * heads + h) * value) },
+            };
+            Group {
+                context: Context::Latent(pages.map(|i| held.page(i)).collect()),
+                items: seqs
+                    .queries(s)
+                    .flat_map(|t| (0..heads).map(move |h| item(t, h)))
+                    .collect(),
+            }
+        })
+        .collect();
+    // SAFETY: queries are `width` wide, pages hold every visible token, and each item has its own part of `out`.
+    unsafe { attend(pool, isa, &groups, width, value, scale) };
+    Ok(())
+}
+
+/// Ordinary attention over expanded keys and values.
+pub(in crate::cpu) fn attend_expanded(
+    pool: &mut Pool,
+    isa: Isa,
+    q: Rows<'_>,
+    kv: Rows<'_>,
+    rope: Rows<'_>,
+    seqs: Seqs<'_>,
+    start: &[i32],
+    heads: usize,
+    scale: f32,
+    out: &mut [f32],
+) {
+    let value = out.len() / q.count.max(1) / heads;
+    let (key, per_head) = (q.cols / heads, kv.cols / heads);
+    let out = out.as_mut_ptr();
+    let mut groups = Vec::with_capacity(seqs.count * heads);
+    for s in 0..seqs.count {
+        for h in 0..heads {
+            let item = |t: usize| Item {
+                q: q.row(t)[h * key..][..key].as_ptr(),
+                visible: seqs.visible(s, t),
+                // SAFETY: row `t` is one of the `q.count` rows that `out` has.
+                out: unsafe { out.add((t * heads + h) * value) },
+            };
+            groups.push(Group {
+                context: Context::Expanded {
+                    kv: kv.part(h * per_head, per_head),
+                    rope,
+                    first: start[s] as usize,
+                },
+                items: seqs.queries(s).map(item).collect(),
+            });
+        }
+    }
+    // SAFETY: queries are `key` wide, `start` and lengths were checked against `kv` and `rope`, and each item has its
+    // own part of `out`.
+    unsafe { attend(pool, isa, &groups, key, value, scale) };
+}
+
+/// Attention of all groups' items: keys of `key` values, values of `value`.
+///
+/// # Safety
+/// Queries and outputs are good for these widths, contexts for every item's visible tokens, and nothing else touches the
+/// outputs.
+unsafe fn attend(
+    pool: &mut Pool,
+    isa: Isa,
+    groups: &[Group<'_>],
+    key: usize,
+    value: usize,
+    scale: f32,
+) {
+    let items: usize = groups.iter().map(|g| g.items.len()).sum();
+    let visible = groups.iter().flat_map(|g| &g.items).map(|i| i.visible);
+    let alone = visible.sum::<usize>() * (key + value) < ALONE;
+    let share = if alone {
+        ITEMS
+    } else {
+        items / (2 * pool.threads())
+    };
+    let share = share.next_multiple_of(4).clamp(4, ITEMS);
+    let tasks: Vec<Attend<'_>> = groups
+        .iter()
+        .flat_map(|group| {
+            group.items.chunks(share).map(|items| Attend {
+                context: &group.context,
+                items,
+                key,
+                value,
+                scale,
+            })
+        })
+        .collect();
+    pool.run(tasks.len(), alone, &|i| {
+        // SAFETY: the caller's; every item is in one task.
+        unsafe { isa.run(tasks[i]) };
+    });
+}
+
+#[derive(Clone, Copy)]
+struct Attend<'a> {
+    context: &'a Context<'a>,
+    items: &'a [Item],
+    key: usize,
+    value: usize,
+    scale: f32,
+}
+
+impl Kernel for Attend<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let (key, value) = (
+                self.key.next_multiple_of(LANES),
+                self.value.next_multiple_of(LANES),
+            );
+            let n = self.items.len();
+            let sizes = [
+                BLOCK_TOKENS * key,
+                BLOCK_TOKENS * value,
+                n * key,
+                n * value,
+                n * BLOCK_TOKENS,
+            ];
+            scratch.clear();
+            scratch.resize(sizes.iter().sum(), 0.0);
+            let mut rest = &mut scratch[..];
+            let [keys, values, queries, sums, scores] = sizes.map(|size| {
+                let (part, tail) = std::mem::take(&mut rest).split_at_mut(size);
+                rest = tail;
+                part.as_mut_ptr()
+            });
+            let work = Work {
+                task: self,
+                keys,
+                values: match self.context {
+                    Context::Latent(_) => keys,
+                    Context::Expanded { .. } => values,
+                },
+                key,
+                value_stride: match self.context {
+                    Context::Latent(_) => key,
+                    Context::Expanded { .. } => value,
+                },
+                value,
+                queries,
+                sums,
+                scores,
+            };
+            // SAFETY: the caller's, and the parts have the sizes above.
+            unsafe { work.run::<S>() };
+        });
+    }
+}
+
+/// A task with its room in the scratch; widths are padded with zeros to whole vectors.
+struct Work<'a> {
+    task: Attend<'a>,
+    /// `[64][key]`
+    keys: *mut f32,
+    /// `[64][value_stride]`
+    values: *mut f32,
+    key: usize,
+    value_stride: usize,
+    value: usize,
+    /// `[items][key]`
+    queries: *mut f32,
+    /// `[items][value]`: sums of weighted values.
+    sums: *mut f32,
+    /// `[items][64]`: a block's scores, then its softmax weights.
+    scores: *mut f32,
+}
+
+/// What the running softmax keeps of an item.
+#[derive(Clone, Copy)]
+struct Running {
+    max: f32,
+    sum: f32,
+    /// Factor on the sums so far, from this block's new maximum.
+    rescale: f32,
+}
+
+impl Work<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self) {
+        let items = self.task.items;
+        let mut running = [Running {
+            max: f32::NEG_INFINITY,
+            sum: 0.0,
+            rescale: 1.0,
+        }; ITEMS];
+        let visible = items.iter().map(|i| i.visible).max().unwrap_or(0);
+        // SAFETY: the caller's: queries, outputs and contexts are good, the scratch has its sizes.
+        unsafe {
+            for (i, item) in items.iter().enumerate() {
+                let to = self.queries.add(i * self.key);
+                to.copy_from_nonoverlapping(item.q, self.task.key);
+            }
+            for block in 0..visible.div_ceil(BLOCK_TOKENS) {
+                let first = block * BLOCK_TOKENS;
+                self.fetch::<S>(block, (visible - first).min(BLOCK_TOKENS));
+                let seen = |i: usize| items[i].visible.saturating_sub(first).min(BLOCK_TOKENS);
+                let mut i = 0;
+                while i < items.len() {
+                    if S::WIDE && i + 4 <= items.len() {
+                        let seen = [0, 1, 2, 3].map(|j| seen(i + j));
+                        self.block::<S, 4>(i, seen, &mut running[i..i + 4]);
+                        i += 4;
+                    } else {
+                        self.block::<S, 1>(i, [seen(i)], &mut running[i..=i]);
+                        i += 1;
+                    }
+                }
+            }
+            for (i, item) in items.iter().enumerate() {
+                let sums = self.sums.add(i * self.value);
+                for j in 0..self.task.value {
+                    *item.out.add(j) = *sums.add(j) / running[i].sum;
+                }
+            }
+        }
+    }
+
+    /// Brings `count` tokens of a block to float32.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&self, block: usize, count: usize) {
+        let key = self.task.key;
+        // SAFETY: the caller's: the context has these tokens.
+        unsafe {
+            match self.task.context {
+                Context::Latent(pages) => {
+                    for s in 0..count {
+                        let to = self.keys.add(s * self.key);
+                        match pages[block] {
+                            Page::F32(page) => {
+                                to.copy_from_nonoverlapping(page[s * key..][..key].as_ptr(), key);
+                            }
+                            Page::Bf16(page) => {
+                                let (whole, rest) = page[s * key..][..key].as_chunks::<LANES>();
+                                for (i, chunk) in whole.iter().enumerate() {
+                                    S::store(to.add(i * LANES), S::bf16(chunk.as_ptr()));
+                                }
+                                for (i, v) in rest.iter().enumerate() {
+                                    *to.add(whole.len() * LANES + i) = v.to_f32();
+                                }
+                            }
+                        }
+                    }
+                }
+                Context::Expanded { kv, rope, first } => {
+                    let (nope, value) = (key - rope.cols, self.task.value);
+                    for s in 0..count {
+                        let token = first + block * BLOCK_TOKENS + s;
+                        let (kv, rope) = (kv.row(token), rope.row(token));
+                        let to = self.keys.add(s * self.key);
+                        to.copy_from_nonoverlapping(kv.as_ptr(), nope);
+                        to.add(nope)
+                            .copy_from_nonoverlapping(rope.as_ptr(), rope.len());
+                        let to = self.values.add(s * self.value_stride);
+                        to.copy_from_nonoverlapping(kv[nope..].as_ptr(), value);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One block for items `i..i + N`, each of which sees `seen` tokens of it.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const N: usize>(
+        &self,
+        i: usize,
+        seen: [usize; N],
+        running: &mut [Running],
+    ) {
+        let most = seen.into_iter().max().unwrap_or(0);
+        // SAFETY: the caller's; `most` tokens are fetched, and rows of the scratch go up to 64.
+        unsafe {
+            for s in (0..most).step_by(4) {
+                self.scores::<S, N>(i, s);
+            }
+            for n in 0..N {
+                running[n] = self.softmax::<S>(i + n, seen[n], running[n]);
+            }
+            let rescale: [f32; N] = std::array::from_fn(|n| running[n].rescale);
+            let mut column = 0;
+            while column < self.value {
+                if column + 4 * LANES <= self.value {
+                    self.weigh::<S, N, 4>(i, column, most, rescale);
+                    column += 4 * LANES;
+                } else {
+                    self.weigh::<S, N, 1>(i, column, most, rescale);
+                    column += LANES;
+                }
+            }
+        }
+    }
+
+    /// Scores of `N` items with four tokens.
+    #[inline(always)]
+    unsafe fn scores<S: Simd, const N: usize>(&self, i: usize, s: usize) {
+        // SAFETY: as for `block`.
+        unsafe {
+            let mut sums = [[S::splat(0.0); 4]; N];
+            for k in (0..self.key).step_by(LANES) {
+                let q: [S::V; N] =
+                    std::array::from_fn(|n| S::load(self.queries.add((i + n) * self.key + k)));
+                for j in 0..4 {
+                    let key = S::load(self.keys.add((s + j) * self.key + k));
+                    for n in 0..N {
+                        sums[n][j] = S::fma(q[n], key, sums[n][j]);
+                    }
+                }
+            }
+            for n in 0..N {
+                let four = S::sum4(sums[n]).map(|score| score * self.task.scale);
+                let to = self.scores.add((i + n) * BLOCK_TOKENS + s);
+                to.copy_from_nonoverlapping(four.as_ptr(), 4);
+            }
+        }
+    }
+
+    /// Turns an item's scores into weights under the new maximum.
+    #[inline(always)]
+    unsafe fn softmax<S: Simd>(&self, i: usize, seen: usize, old: Running) -> Running {
+        // SAFETY: as for `block`.
+        unsafe {
+            let scores = self.scores.add(i * BLOCK_TOKENS);
+            for s in seen..BLOCK_TOKENS {
+                *scores.add(s) = if seen == 0 { 0.0 } else { f32::NEG_INFINITY };
+            }
+            if seen == 0 {
+                return Running {
+                    rescale: 1.0,
+                    ..old
+                };
+            }
+            let blocks: [S::V; 4] = std::array::from_fn(|j| S::load(scores.add(j * LANES)));
+            let most = S::max(S::max(blocks[0], blocks[1]), S::max(blocks[2], blocks[3]));
+            let mut lanes = [old.max; LANES];
+            S::store(lanes.as_mut_ptr(), S::max(most, S::splat(old.max)));
+            let max = lanes.into_iter().fold(old.max, f32::max);
+            let weights = blocks.map(|b| S::exp(S::sub(b, S::splat(max))));
+            for (j, w) in weights.into_iter().enumerate() {
+                S::store(scores.add(j * LANES), w);
+            }
+            let sum = S::sum(S::add(
+                S::add(weights[0], weights[1]),
+                S::add(weights[2], weights[3]),
+            ));
+            let rescale = S::exp(S::splat(old.max - max));
+            S::store(lanes.as_mut_ptr(), rescale);
+            Running {
+                max,
+                sum: old.sum * lanes[0] + sum,
+                rescale: lanes[0],
+            }
+        }
+    }
+
+    /// Adds `count` tokens' weighted values to `C` vectors of `N` items' sums.
+    #[inline(always)]
+    unsafe fn weigh<S: Simd, const N: usize, const C: usize>(
+        &self,
+        i: usize,
+        column: usize,
+        count: usize,
+        rescale: [f32; N],
+    ) {
+        // SAFETY: as for `block`.
+        unsafe {
+            let at = |n: usize, c: usize| self.sums.add((i + n) * self.value + column + c * LANES);
+            let mut sums: [[S::V; C]; N] = std::array::from_fn(|n| {
+                std::array::from_fn(|c| S::mul(S::load(at(n, c)), S::splat(rescale[n])))
+            });
+            for s in 0..count {
+                let row = self.values.add(s * self.value_stride + column);
+                let values: [S::V; C] = std::array::from_fn(|c| S::load(row.add(c * LANES)));
+                for n in 0..N {
+                    let weight = S::splat(*self.scores.add((i + n) * BLOCK_TOKENS + s));
+                    for c in 0..C {
+                        sums[n][c] = S::fma(weight, values[c], sums[n][c]);
+                    }
+                }
+            }
+            for n in 0..N {
+                for c in 0..C {
+                    S::store(at(n, c), sums[n][c]);
+                }
+            }
+        }
+    }
+}
