@@ -9,6 +9,7 @@ mod fake_server;
 mod format;
 mod reference;
 mod sse;
+mod trace;
 mod up;
 
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ enum Command {
     Up(up::Args),
     Chat(chat::Args),
     Bench(bench::Args),
+    Trace(trace::Args),
     /// Print the reference of flags or metrics in Markdown
     #[command(hide = true)]
     Reference {
@@ -52,6 +54,7 @@ async fn main() -> ExitCode {
         Command::Up(args) => up::run(args, &log).await,
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Trace(args) => trace::run(args).await,
         Command::Reference { page } => reference::print::<Cli>(page),
     };
     done.unwrap_or_else(|error| {

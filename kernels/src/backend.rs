@@ -9,6 +9,8 @@
 //! the activation type. The row of a token never depends on the other rows of a step, bit for bit: a request gives the
 //! same tokens whatever else is in the batch and however its prompt was cut.
 
+use std::{fmt, str::FromStr};
+
 use crate::tensor::{DType, Tensor};
 
 /// What can go wrong in a backend. Names the operation and the shapes.
@@ -52,6 +54,32 @@ pub enum Precision {
     W8A8,
     /// FP8 block weights, activations not quantised, BF16 cache.
     W8,
+}
+
+impl Precision {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::W8A8, Self::W8];
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::W8A8 => "w8a8",
+            Self::W8 => "w8",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let named = |precision: &Self| precision.to_string() == name;
+        let found = Self::ALL.into_iter().find(named);
+        found.ok_or_else(|| format!("\"{name}\" is none of f32, bf16, w8a8, w8"))
+    }
 }
 
 /// How activation scales are rounded.

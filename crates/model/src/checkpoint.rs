@@ -59,7 +59,7 @@ pub enum Error {
     #[error("precision {precision} needs a checkpoint with FP8 weights, and {directory} has none")]
     Precision {
         /// What was asked for.
-        precision: &'static str,
+        precision: Precision,
         /// The checkpoint.
         directory: String,
     },
@@ -186,12 +186,7 @@ impl Checkpoint {
             .tensors
             .values()
             .any(|entry| entry.dtype == ElementType::F8E4M3);
-        let precision = match precision {
-            Precision::W8A8 => "w8a8",
-            Precision::W8 => "w8",
-            Precision::F32 | Precision::Bf16 => return Ok(()),
-        };
-        if fp8 {
+        if fp8 || matches!(precision, Precision::F32 | Precision::Bf16) {
             return Ok(());
         }
         Err(Error::Precision {
