@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::Error;
 
 /// What is read from both files.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Config {
     /// Text of the beginning-of-text token.
     pub bos_token: Option<String>,
@@ -22,6 +22,27 @@ pub struct Config {
     pub add_bos: bool,
     /// Jinja source.
     pub chat_template: Option<String>,
+    /// How the model's makers would sample.
+    pub sampling: SamplingDefaults,
+}
+
+/// How tokens are chosen where a request does not say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingDefaults {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 1 is off.
+    pub top_p: f32,
+}
+
+impl Default for SamplingDefaults {
+    /// The API's own defaults.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+        }
+    }
 }
 
 impl Config {
@@ -62,6 +83,7 @@ impl Config {
                 .collect(),
             add_bos: tokenizer["add_bos_token"].as_bool().unwrap_or(false),
             chat_template: template_source(&tokenizer["chat_template"]),
+            sampling: sampling_defaults(generation),
         }
     }
 
@@ -76,6 +98,15 @@ impl Config {
             .into_iter()
             .map(|(name, text)| (name, text.clone().unwrap_or_default()))
             .collect()
+    }
+}
+
+fn sampling_defaults(generation: &Value) -> SamplingDefaults {
+    let defaults = SamplingDefaults::default();
+    let number = |name: &str, default: f32| generation[name].as_f64().map_or(default, |n| n as f32);
+    SamplingDefaults {
+        temperature: number("temperature", defaults.temperature),
+        top_p: number("top_p", defaults.top_p),
     }
 }
 
@@ -133,10 +164,11 @@ mod tests {
         assert_eq!(old.chat_template.as_deref(), Some("a"));
         let new = Config::from_json(
             &json!({"bos_token": null, "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}),
-            &json!({"eos_token_id": [1, 7]}),
+            &json!({"eos_token_id": [1, 7], "temperature": 0.5}),
         );
         assert_eq!(new.chat_template.as_deref(), Some("d"));
         assert_eq!((new.bos_token, new.eos_ids), (None, vec![1, 7]));
+        assert_eq!((new.sampling.temperature, new.sampling.top_p), (0.5, 1.0));
     }
 
     #[test]

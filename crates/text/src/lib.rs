@@ -19,7 +19,7 @@ mod tokenizer;
 use std::path::Path;
 
 pub use answer::{Answer, Entry, Piece};
-pub use config::Config;
+pub use config::{Config, SamplingDefaults};
 pub use detokeniser::Detokeniser;
 pub use openai::chat::{Message, Role};
 pub use stop::{Found, StopStrings};
@@ -35,6 +35,7 @@ pub struct Text {
     tokenizer: Tokenizer,
     template: Option<Template>,
     add_bos: bool,
+    sampling: SamplingDefaults,
 }
 
 /// Why a checkpoint's text files cannot be used, or a prompt cannot be made.
@@ -76,12 +77,18 @@ impl Text {
             tokenizer,
             template,
             add_bos: config.add_bos,
+            sampling: config.sampling,
         })
     }
 
     /// The tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// How tokens are chosen where a request does not say.
+    pub fn sampling_defaults(&self) -> SamplingDefaults {
+        self.sampling
     }
 
     /// Renders a conversation and encodes it. `nonce` is random and must not be guessable by whoever wrote the messages.

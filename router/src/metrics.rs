@@ -1,0 +1,150 @@
+//! What the router measures. Series of the one model it serves are looked up once, not for every token.
+
+use std::sync::Arc;
+
+use prometheus::{
+    Histogram, IntCounterVec, IntGauge, IntGaugeVec,
+    core::{Collector, Desc},
+    proto::MetricFamily,
+};
+use proto::v1::Role;
+use telemetry::{definitions as names, metrics::Metrics};
+use tokio::time::Instant;
+
+use crate::fleet::Fleet;
+
+/// The router's series.
+#[derive(Clone, Debug)]
+pub(crate) struct RouterMetrics {
+    model: String,
+    requests: IntCounterVec,
+    pub(crate) duration: Histogram,
+    pub(crate) time_to_first_token: Histogram,
+    pub(crate) inter_token_latency: Histogram,
+    pub(crate) queue_duration: Histogram,
+    pub(crate) queue_depth: IntGauge,
+    pub(crate) running: IntGauge,
+    pub(crate) prompt_tokens: Histogram,
+    pub(crate) completion_tokens: Histogram,
+    pub(crate) migrations: IntCounterVec,
+    pub(crate) retries: IntCounterVec,
+    pub(crate) no_pair: IntCounterVec,
+    pub(crate) prefix_cache_hit: Histogram,
+}
+
+impl RouterMetrics {
+    /// Registers all of them.
+    pub(crate) fn new(
+        metrics: &Metrics,
+        model: &str,
+        fleet: &Arc<Fleet>,
+    ) -> Result<Self, prometheus::Error> {
+        let of_model = |definition| {
+            metrics
+                .histogram(definition)
+                .map(|series| series.with_label_values(&[model]))
+        };
+        let gauge = |definition| {
+            metrics
+                .int_gauge(definition)
+                .map(|series| series.with_label_values::<&str>(&[]))
+        };
+        let workers = prometheus::Opts::new(names::ROUTER_WORKERS.name, names::ROUTER_WORKERS.help);
+        let workers = IntGaugeVec::new(workers, names::ROUTER_WORKERS.labels)?;
+        let workers = Workers {
+            fleet: Arc::clone(fleet),
+            gauge: workers,
+        };
+        metrics.registry().register(Box::new(workers))?;
+        Ok(Self {
+            model: model.into(),
+            requests: metrics.counter(&names::ROUTER_REQUESTS)?,
+            duration: of_model(&names::ROUTER_REQUEST_DURATION)?,
+            time_to_first_token: of_model(&names::ROUTER_TIME_TO_FIRST_TOKEN)?,
+            inter_token_latency: of_model(&names::ROUTER_INTER_TOKEN_LATENCY)?,
+            queue_duration: of_model(&names::ROUTER_QUEUE_DURATION)?,
+            queue_depth: gauge(&names::ROUTER_QUEUE_DEPTH)?,
+            running: gauge(&names::ROUTER_RUNNING)?,
+            prompt_tokens: of_model(&names::ROUTER_PROMPT_TOKENS)?,
+            completion_tokens: of_model(&names::ROUTER_COMPLETION_TOKENS)?,
+            migrations: metrics.counter(&names::ROUTER_MIGRATIONS)?,
+            retries: metrics.counter(&names::ROUTER_RETRIES)?,
+            no_pair: metrics.counter(&names::ROUTER_NO_PAIR)?,
+            prefix_cache_hit: metrics
+                .histogram(&names::ROUTER_PREFIX_CACHE_HIT)?
+                .with_label_values::<&str>(&[]),
+        })
+    }
+
+    /// A request ended with this HTTP status (499: its client left).
+    pub(crate) fn ended(&self, code: u16) {
+        self.requests
+            .with_label_values(&[self.model.as_str(), &code.to_string()])
+            .inc();
+    }
+}
+
+/// Counts and times a request, whichever way it ends.
+pub(crate) struct Account {
+    metrics: RouterMetrics,
+    arrived: Instant,
+    code: u16,
+}
+
+impl Account {
+    pub(crate) fn open(metrics: &RouterMetrics, arrived: Instant) -> Self {
+        // Until something else is said, the client left.
+        Self {
+            metrics: metrics.clone(),
+            arrived,
+            code: 499,
+        }
+    }
+
+    pub(crate) fn close(&mut self, code: u16) {
+        self.code = code;
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.metrics
+            .duration
+            .observe(self.arrived.elapsed().as_secs_f64());
+        self.metrics.ended(self.code);
+    }
+}
+
+/// Counts the fleet when somebody reads it.
+struct Workers {
+    fleet: Arc<Fleet>,
+    gauge: IntGaugeVec,
+}
+
+impl Collector for Workers {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        for role in ["prefill", "decode", "combined"] {
+            for state in ["ready", "draining"] {
+                self.gauge.with_label_values(&[role, state]).set(0);
+            }
+        }
+        for worker in self.fleet.workers().iter() {
+            let role = match worker.role() {
+                Role::Prefill => "prefill",
+                Role::Decode => "decode",
+                Role::Combined | Role::Unspecified => "combined",
+            };
+            let state = if worker.is_draining() {
+                "draining"
+            } else {
+                "ready"
+            };
+            self.gauge.with_label_values(&[role, state]).inc();
+        }
+        self.gauge.collect()
+    }
+}

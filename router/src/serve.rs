@@ -1,0 +1,130 @@
+//! The router as a whole, on whatever listeners, connections, clock and randomness it is given.
+
+use std::{io, sync::Arc, time::Duration};
+
+use futures::Stream;
+use telemetry::{
+    health::{Health, State},
+    metrics::Metrics,
+    shutdown::{Drained, Tasks},
+};
+use text::Text;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::{
+    auth::Keys,
+    discovery::Endpoints,
+    fleet::{self, Fleet, FleetConfig},
+    front::Front,
+    grpc, http,
+    http::HttpConfig,
+    metrics::RouterMetrics,
+    pipeline::{Pipeline, PipelineConfig},
+    seams::{Io, Seams},
+};
+
+/// Everything that can be set.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What requests may ask, and how they are run.
+    pub pipeline: PipelineConfig,
+    /// How workers are connected.
+    pub fleet: FleetConfig,
+    /// The HTTP front.
+    pub http: HttpConfig,
+    /// Who is let in.
+    pub keys: Keys,
+    /// How long running requests may take to end once the router is told to stop.
+    pub drain: Duration,
+}
+
+impl Config {
+    /// The defaults for a model of this name.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            pipeline: PipelineConfig::new(model),
+            fleet: FleetConfig::default(),
+            http: HttpConfig::default(),
+            keys: Keys::default(),
+            drain: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Accepted connections of both fronts.
+#[derive(Debug)]
+pub struct Incoming<H, G> {
+    /// HTTP/1.1.
+    pub http: H,
+    /// gRPC (HTTP/2 with prior knowledge).
+    pub grpc: G,
+}
+
+/// Serves until `stop`, then drains. Returns once no task is left, or the drain's deadline has passed.
+///
+/// # Errors
+/// When a metric is registered twice or the gRPC server breaks.
+pub async fn serve<H: Io, G: Io>(
+    config: Config,
+    text: Arc<Text>,
+    endpoints: Endpoints,
+    incoming: Incoming<
+        impl Stream<Item = io::Result<H>> + Send + 'static,
+        impl Stream<Item = io::Result<G>> + Send + 'static,
+    >,
+    seams: Seams,
+    metrics: Metrics,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let (tasks, workers_stop) = (Tasks::new(), CancellationToken::new());
+    let fleet = Fleet::new();
+    let series = RouterMetrics::new(&metrics, &config.pipeline.model, &fleet)?;
+    let pipeline = Pipeline::new(
+        config.pipeline,
+        text,
+        Arc::clone(&fleet),
+        series,
+        seams.clone(),
+        tasks.clone(),
+    );
+    let front = Front {
+        pipeline: pipeline.clone(),
+        keys: config.keys,
+        config: config.http,
+        started: (seams.unix_time)(),
+    };
+    let health = Health::new();
+    let links = Tasks::new();
+    let follow = fleet::follow(
+        Arc::clone(&fleet),
+        endpoints,
+        config.fleet,
+        seams,
+        links.clone(),
+        workers_stop.clone(),
+    );
+    links.spawn("discovery", follow);
+    let app = http::routes(front.clone()).merge(http::probes(metrics, pipeline));
+    let served = http::serve(incoming.http, app, config.http, tasks.clone(), stop.clone());
+    tasks.spawn("http", served);
+    let inference = grpc::Inference::new(Arc::new(front));
+    let served = grpc::serve(incoming.grpc, inference, health.clone(), stop.clone());
+    let grpc = tasks.spawn("grpc", async move {
+        if let Err(error) = served.await {
+            error!(%error, "the gRPC front ended");
+        }
+    });
+    health.advance(State::Ready);
+    stop.cancelled().await;
+    health.advance(State::Draining);
+    info!("draining");
+    match tasks.drain(config.drain).await {
+        Drained::Whole => info!("every request ended"),
+        Drained::Late { left } => warn!(left, "requests were cut off at the drain's deadline"),
+    }
+    grpc.abort();
+    workers_stop.cancel();
+    links.drain(Duration::from_secs(1)).await;
+    Ok(())
+}
