@@ -65,6 +65,9 @@ impl Call {
     }
 }
 
+/// Metadata in which a prefill worker names what failed, if it was not itself.
+const FAILED_PART: &str = "hadal-failed";
+
 /// Why an attempt ended early.
 pub(super) struct Failure {
     pub(super) verdict: Verdict,
@@ -80,6 +83,20 @@ impl Failure {
             format!("{:?}: {}", status.code(), status.message()),
             assignments,
         )
+    }
+
+    /// A prefill worker says when it is its target that failed.
+    pub(super) fn of_prefill(
+        status: &Status,
+        prefill: &mut Assignment,
+        decode: &mut Assignment,
+    ) -> Self {
+        let failed = status.metadata().get(FAILED_PART);
+        if failed.is_some_and(|part| part == "transfer") {
+            Self::of_call(status, &mut [decode])
+        } else {
+            Self::of_call(status, &mut [prefill])
+        }
     }
 
     pub(super) fn protocol(detail: String, assignment: &mut Assignment) -> Self {

@@ -199,7 +199,7 @@ impl Sequence {
         let answers = tokio::time::timeout_at(until, client.run(request)).await;
         let answers = answers
             .map_err(|_| Failure::slow("answer from prefill", &mut prefill))?
-            .map_err(|status| Failure::of_call(&status, &mut [&mut prefill, &mut decode]))?
+            .map_err(|status| Failure::of_prefill(&status, &mut prefill, &mut decode))?
             .into_inner();
         self.stage = Stage::Prefill(Box::new(Prefill {
             answers,
@@ -226,7 +226,7 @@ impl Sequence {
         } = *stage;
         let answer = answer
             .map_err(|_| Failure::slow("first token", &mut prefill))?
-            .map_err(|status| Failure::of_call(&status, &mut [&mut prefill, &mut decode]))?;
+            .map_err(|status| Failure::of_prefill(&status, &mut prefill, &mut decode))?;
         let Some(run_response::Event::Token(token)) = answer.and_then(|answer| answer.event) else {
             let detail = "prefill ended without a token".to_string();
             return Err(Failure::protocol(detail, &mut prefill));
@@ -333,7 +333,8 @@ impl Sequence {
                 stage.commit();
                 self.on_finished(&finished, &mut stage.worker).map(Some)
             }
-            None => {
+            // Log probabilities of prompts are not asked for.
+            Some(decode_response::Event::PromptLogprobs(_)) | None => {
                 self.stage = Stage::Decode(stage);
                 Ok(None)
             }
@@ -395,9 +396,10 @@ impl Sequence {
                 return Err(Failure::protocol(detail, &mut prefill));
             }
             Err(status) => {
-                return Err(Failure::of_call(
+                return Err(Failure::of_prefill(
                     &status,
-                    &mut [&mut prefill, &mut stage.worker],
+                    &mut prefill,
+                    &mut stage.worker,
                 ));
             }
         }
