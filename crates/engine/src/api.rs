@@ -219,6 +219,9 @@ pub enum Refused {
     /// It can never run here.
     #[error("{0}")]
     Invalid(String),
+    /// The engine does not work any more: the process should be replaced.
+    #[error("the engine is broken: {0}")]
+    Broken(String),
 }
 
 /// Fixed facts of an engine.

@@ -1,3 +1,5 @@
 //! Small checkpoints and scripted parts for tests.
 
 pub mod checkpoint;
+pub mod scripted;
+pub mod toy;

@@ -12,6 +12,7 @@ pub(crate) fn refused(refused: &Refused) -> Status {
         Refused::QueueFull { .. } => Code::ResourceExhausted,
         Refused::Draining => Code::Unavailable,
         Refused::Invalid(_) => Code::InvalidArgument,
+        Refused::Broken(_) => Code::Internal,
     };
     Status::new(code, refused.to_string())
 }

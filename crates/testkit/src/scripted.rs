@@ -1,0 +1,83 @@
+//! An engine without weights and without a thread: the real scheduler over a [`Toy`] network, stepping in tokio's time.
+//!
+//! For the simulator and for tests of workers: tokens are a pure function of sequence and seed ([`ToyConfig::greedy`]
+//! says which), KV bytes are checked wherever they are used, and everything happens in the order of simulated time.
+
+use std::{sync::Arc, time::Duration};
+
+use engine::{
+    Options,
+    driver::{Driver, Handle, Progress, Surroundings, build},
+};
+use kv::Pool;
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{Instant, sleep},
+};
+
+use crate::toy::{Toy, ToyConfig};
+
+/// An engine for simulated time.
+#[derive(Debug)]
+pub struct Scripted {
+    /// The engine. It stops when the last handle is dropped.
+    pub engine: Arc<Handle>,
+    /// Makes the engine's steps: to be spawned ([`Stepper::run`]).
+    pub stepper: Stepper,
+    /// Wrong KV bytes that were found in use: must stay empty.
+    pub violations: mpsc::UnboundedReceiver<String>,
+}
+
+/// Makes the steps of a [`Scripted`] engine.
+#[derive(Debug)]
+pub struct Stepper {
+    driver: Driver<Toy>,
+    woken: Arc<Notify>,
+    step: Duration,
+}
+
+impl Scripted {
+    /// An engine that takes `step` of tokio's time for each step. With `poison`, blocks are filled with NaN when freed.
+    ///
+    /// # Panics
+    /// If the options do not fit the network: the test is wrong then.
+    pub fn new(config: &ToyConfig, options: Options, step: Duration, poison: bool) -> Self {
+        let (toy, violations) = Toy::new(config.clone());
+        let pool = if poison {
+            Pool::poisoning(engine::Runner::memory(&toy), &config.revision)
+        } else {
+            Pool::new(config.blocks, &config.revision)
+        };
+        let woken = Arc::new(Notify::new());
+        let surroundings = Surroundings {
+            clock: || Instant::now().into_std(),
+            wake: {
+                let woken = Arc::clone(&woken);
+                Arc::new(move || woken.notify_one())
+            },
+        };
+        let (engine, driver) = build(toy, pool, options, surroundings).expect("options that fit");
+        Self {
+            engine,
+            stepper: Stepper {
+                driver,
+                woken,
+                step,
+            },
+            violations,
+        }
+    }
+}
+
+impl Stepper {
+    /// Steps until the last handle of the engine is dropped.
+    pub async fn run(mut self) {
+        loop {
+            match self.driver.tick() {
+                Progress::Worked | Progress::Stuck => sleep(self.step).await,
+                Progress::Idle => self.woken.notified().await,
+                Progress::Stopped => return,
+            }
+        }
+    }
+}
