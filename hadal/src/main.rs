@@ -8,6 +8,7 @@ mod client;
 mod fake_server;
 mod format;
 mod reference;
+mod series;
 mod sse;
 mod trace;
 mod up;
@@ -35,6 +36,7 @@ enum Command {
     Chat(chat::Args),
     Bench(bench::Args),
     Trace(trace::Args),
+    Router(router::cli::Args),
     /// Print the reference of flags or metrics in Markdown
     #[command(hide = true)]
     Reference {
@@ -55,6 +57,7 @@ async fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Trace(args) => trace::run(args).await,
+        Command::Router(args) => router::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Reference { page } => reference::print::<Cli>(page),
     };
     done.unwrap_or_else(|error| {

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::ValueEnum;
+use kernels::Precision;
 
 /// What is asked when nobody says otherwise. The demo checkpoint knows it.
 const FIRST_QUESTION: &str = "What is 17 + 25?";
@@ -39,8 +40,8 @@ pub(crate) struct Args {
         value_name = "KEY"
     )]
     pub(super) api_key: Option<String>,
-    /// How the network computes [default: what the checkpoint is meant for]
-    #[arg(long, value_enum, value_name = "P")]
+    /// How the network computes: f32, bf16, w8a8 or w8 [default: what the checkpoint is meant for]
+    #[arg(long, value_name = "P")]
     pub(super) precision: Option<Precision>,
     /// Prompt processing and generation in pools of their own, or in one
     #[arg(long, value_enum, default_value = "disaggregated", value_name = "MODE")]
@@ -76,40 +77,6 @@ impl Args {
     }
 }
 
-/// How the network computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Precision {
-    /// 32-bit floats throughout.
-    F32,
-    /// BF16 weights and activations.
-    Bf16,
-    /// FP8 weights, activations quantised to FP8 before each product.
-    W8a8,
-    /// FP8 weights, BF16 activations.
-    W8,
-}
-
-impl Precision {
-    /// The flag's value.
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::W8a8 => "w8a8",
-            Self::W8 => "w8",
-        }
-    }
-
-    /// Bytes of memory for each weight.
-    pub(super) fn weight_bytes(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-            Self::W8a8 | Self::W8 => 1,
-        }
-    }
-}
-
 /// Which pools there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Mode {
@@ -117,4 +84,14 @@ pub(crate) enum Mode {
     Disaggregated,
     /// One pool whose workers do both.
     Combined,
+}
+
+impl Mode {
+    /// The flag's value.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Disaggregated => "disaggregated",
+            Self::Combined => "combined",
+        }
+    }
 }

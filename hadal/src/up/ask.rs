@@ -12,7 +12,7 @@ use telemetry::definitions::KV_TRANSFER_BYTES;
 
 use crate::{
     client::{Client, delta_text},
-    format,
+    format, series,
 };
 
 /// Tokens of an answer at most.
@@ -90,7 +90,7 @@ async fn scrape(workers: &[(String, String)]) -> Moved {
             .await
             .ok()?
             .ok()?;
-        let bytes = |direction| sum(&text, KV_TRANSFER_BYTES.name, direction);
+        let bytes = |direction| series::sum(&text, KV_TRANSFER_BYTES.name, direction);
         Some((
             name.clone(),
             bytes("direction=\"sent\""),
@@ -102,19 +102,6 @@ async fn scrape(workers: &[(String, String)]) -> Moved {
         .into_iter()
         .flatten()
         .collect()
-}
-
-/// Sum of the series of a metric that carry a label, from the text format.
-fn sum(text: &str, metric: &str, label: &str) -> u64 {
-    text.lines()
-        .filter_map(|line| {
-            line.strip_prefix(metric)?
-                .strip_prefix('{')?
-                .rsplit_once("} ")
-        })
-        .filter(|(labels, _)| labels.split(',').any(|found| found == label))
-        .filter_map(|(_, value)| value.trim().parse::<f64>().ok())
-        .sum::<f64>() as u64
 }
 
 type Shares = Vec<(String, u64)>;
@@ -173,13 +160,6 @@ impl fmt::Display for Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn series_with_the_label_are_summed_and_others_are_not() {
-        let text = "# TYPE a counter\na{direction=\"sent\",x=\"1\"} 3\na{x=\"2\",direction=\"sent\"} 4\n\
-                    a{direction=\"received\"} 9\nab{direction=\"sent\"} 5\n";
-        assert_eq!(sum(text, "a", "direction=\"sent\""), 7);
-    }
 
     #[test]
     fn what_moved_is_told_with_both_ends() {

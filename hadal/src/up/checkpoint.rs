@@ -5,9 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use kernels::Precision;
 use serde_json::Value;
-
-use super::args::Precision;
 
 /// The checkpoint that the repository brings.
 const DEMO: &str = "models/demo";
@@ -63,13 +62,22 @@ impl Checkpoint {
     /// Memory that `processes` workers need for weights. Stored weights that are used as they are stay in the page cache
     /// once for all; weights in another precision are copies.
     pub(super) fn memory_bytes(&self, precision: Option<Precision>, processes: u64) -> u64 {
-        let wanted = precision.map_or(self.weight_bytes, Precision::weight_bytes);
+        let wanted = precision.map_or(self.weight_bytes, weight_bytes);
         let copy = self.bytes / self.weight_bytes * wanted;
         if wanted == self.weight_bytes {
             self.bytes
         } else {
             self.bytes + copy * processes
         }
+    }
+}
+
+/// Bytes of memory for each weight.
+fn weight_bytes(precision: Precision) -> u64 {
+    match precision {
+        Precision::F32 => 4,
+        Precision::Bf16 => 2,
+        Precision::W8A8 | Precision::W8 => 1,
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::{convert::Infallible, fs, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use indicatif::ProgressBar;
+use telemetry::definitions::ROUTER_WORKERS;
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +15,7 @@ use super::{
     supervisor::{Change, Event, Supervisor},
     workers_file,
 };
-use crate::{client::Client, format};
+use crate::{client::Client, format, series};
 
 /// How long the router may take to find workers that are ready.
 const DISCOVERY: Duration = Duration::from_secs(30);
@@ -98,11 +99,13 @@ impl Cluster {
             self.next_event().await?;
         }
         let client = self.client(None)?;
+        let workers = self.workers().count() as u64;
         let deadline = Instant::now() + DISCOVERY;
-        while let Err(error) = client.text("/ready").await {
-            if Instant::now() > deadline {
-                return Err(error).context("the router does not find its workers");
-            }
+        while known_workers(&client).await? < workers {
+            ensure!(
+                Instant::now() < deadline,
+                "the router does not find its workers"
+            );
             tokio::time::sleep(DISCOVERY_POLL).await;
         }
         Ok(())
@@ -147,9 +150,7 @@ impl Cluster {
 
     /// Name and metrics address of every worker.
     pub(super) fn worker_metrics(&self) -> Vec<(String, String)> {
-        self.members
-            .iter()
-            .filter(|member| member.role != Role::Router)
+        self.workers()
             .filter_map(|member| Some((member.name.clone(), member.address("metrics")?.to_owned())))
             .collect()
     }
@@ -157,6 +158,12 @@ impl Cluster {
     /// Where people look.
     pub(super) fn screen(&self) -> &Screen {
         &self.screen
+    }
+
+    fn workers(&self) -> impl Iterator<Item = &Member> {
+        self.members
+            .iter()
+            .filter(|member| member.role != Role::Router)
     }
 
     async fn next_event(&mut self) -> anyhow::Result<()> {
@@ -216,10 +223,14 @@ impl Cluster {
 
     fn write_workers(&self) -> anyhow::Result<()> {
         let workers = self
-            .members
-            .iter()
-            .filter(|member| member.role != Role::Router)
+            .workers()
             .filter_map(|member| Some((member.role, member.address("grpc")?)));
         workers_file::write(&self.folder, workers).context("writing the list of workers")
     }
+}
+
+/// Workers that the router would send requests to.
+async fn known_workers(router: &Client) -> anyhow::Result<u64> {
+    let text = router.text("/metrics").await?;
+    Ok(series::sum(&text, ROUTER_WORKERS.name, "state=\"ready\""))
 }

@@ -161,7 +161,7 @@ fn worker(args: &Args, model: &Path, log: &telemetry::log::Args, role: Role, uni
     flags.pair("--kv-listen", "127.0.0.1:0");
     flags.pair("--metrics-listen", "127.0.0.1:0");
     if let Some(precision) = args.precision {
-        flags.pair("--precision", precision.as_str());
+        flags.pair("--precision", precision.to_string());
     }
     if let Some(threads) = args.threads {
         flags.pair("--threads", threads.to_string());
@@ -181,6 +181,7 @@ fn worker(args: &Args, model: &Path, log: &telemetry::log::Args, role: Role, uni
 fn router(args: &Args, model: &Path, folder: &Path, log: &telemetry::log::Args) -> Spec {
     let mut flags = Flags::new("router");
     flags.common(args, model, log);
+    flags.pair("--mode", args.mode.as_str());
     flags.pair("--workers-file", super::workers_file::path(folder));
     Spec {
         name: "router".into(),
