@@ -8,6 +8,7 @@ mod cache;
 mod fast;
 mod memory;
 mod multiply;
+mod ops;
 mod pool;
 mod reference;
 mod simd;
@@ -22,7 +23,7 @@ use pool::Pool;
 use simd::Isa;
 
 /// A device made of the machine's own cores.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Cpu {
     threads: usize,
     /// The fast path's instruction set; none for the reference.

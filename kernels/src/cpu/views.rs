@@ -78,6 +78,14 @@ pub(super) fn i32s_mut<'a>(
     Ok(&mut t.mem.slice_mut()[..len])
 }
 
+/// Checks that every index is in `0..end`.
+pub(super) fn within(op: &'static str, index: &[i32], end: usize) -> Result<()> {
+    match index.iter().find(|i| **i < 0 || **i as usize >= end) {
+        Some(i) => device(op, format!("index {i} of {end}")),
+        None => Ok(()),
+    }
+}
+
 /// Rows of float32 that may be columns of wider rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows<'a> {

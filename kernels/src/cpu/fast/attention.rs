@@ -157,7 +157,7 @@ unsafe fn attend(
     let items: usize = groups.iter().map(|g| g.items.len()).sum();
     let visible = groups.iter().flat_map(|g| &g.items).map(|i| i.visible);
     let alone = visible.sum::<usize>() * (key + value) < ALONE;
-    let share = if alone {
+    let share = if alone || pool.threads() == 1 {
         ITEMS
     } else {
         items / (2 * pool.threads())
@@ -176,8 +176,10 @@ unsafe fn attend(
         })
         .collect();
     pool.run(tasks.len(), alone, &|i| {
-        // SAFETY: the caller's; every item is in one task.
-        unsafe { isa.run(tasks[i]) };
+        SCRATCH.with_borrow_mut(|scratch| {
+            // SAFETY: the caller's; every item is in one task.
+            unsafe { isa.run(Work::new(tasks[i], scratch)) };
+        });
     });
 }
 
@@ -188,55 +190,6 @@ struct Attend<'a> {
     key: usize,
     value: usize,
     scale: f32,
-}
-
-impl Kernel for Attend<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let (key, value) = (
-                self.key.next_multiple_of(LANES),
-                self.value.next_multiple_of(LANES),
-            );
-            let n = self.items.len();
-            let sizes = [
-                BLOCK_TOKENS * key,
-                BLOCK_TOKENS * value,
-                n * key,
-                n * value,
-                n * BLOCK_TOKENS,
-            ];
-            scratch.clear();
-            scratch.resize(sizes.iter().sum(), 0.0);
-            let mut rest = &mut scratch[..];
-            let [keys, values, queries, sums, scores] = sizes.map(|size| {
-                let (part, tail) = std::mem::take(&mut rest).split_at_mut(size);
-                rest = tail;
-                part.as_mut_ptr()
-            });
-            let work = Work {
-                task: self,
-                keys,
-                values: match self.context {
-                    Context::Latent(_) => keys,
-                    Context::Expanded { .. } => values,
-                },
-                key,
-                value_stride: match self.context {
-                    Context::Latent(_) => key,
-                    Context::Expanded { .. } => value,
-                },
-                value,
-                queries,
-                sums,
-                scores,
-            };
-            // SAFETY: the caller's, and the parts have the sizes above.
-            unsafe { work.run::<S>() };
-        });
-    }
 }
 
 /// A task with its room in the scratch; widths are padded with zeros to whole vectors.
@@ -266,9 +219,60 @@ struct Running {
     rescale: f32,
 }
 
+impl<'a> Work<'a> {
+    fn new(task: Attend<'a>, scratch: &'a mut Vec<f32>) -> Self {
+        let (key, value) = (
+            task.key.next_multiple_of(LANES),
+            task.value.next_multiple_of(LANES),
+        );
+        let n = task.items.len();
+        let sizes = [
+            BLOCK_TOKENS * key,
+            BLOCK_TOKENS * value,
+            n * key,
+            n * value,
+            n * BLOCK_TOKENS,
+        ];
+        scratch.clear();
+        scratch.resize(sizes.iter().sum(), 0.0);
+        let mut rest = &mut scratch[..];
+        let [keys, values, queries, sums, scores] = sizes.map(|size| {
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut(size);
+            rest = tail;
+            part.as_mut_ptr()
+        });
+        // A latent entry is key and value in one.
+        let (values, value_stride) = match task.context {
+            Context::Latent(_) => (keys, key),
+            Context::Expanded { .. } => (values, value),
+        };
+        Self {
+            task,
+            keys,
+            values,
+            key,
+            value_stride,
+            value,
+            queries,
+            sums,
+            scores,
+        }
+    }
+}
+
+impl Kernel for Work<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the caller's; the scratch has its sizes.
+        unsafe { self.items::<S>() };
+    }
+}
+
 impl Work<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self) {
+    unsafe fn items<S: Simd>(&self) {
         let items = self.task.items;
         let mut running = [Running {
             max: f32::NEG_INFINITY,
@@ -388,8 +392,10 @@ impl Work<'_> {
         unsafe {
             let mut sums = [[S::splat(0.0); 4]; N];
             for k in (0..self.key).step_by(LANES) {
-                let q: [S::V; N] =
-                    std::array::from_fn(|n| S::load(self.queries.add((i + n) * self.key + k)));
+                let mut q = [S::splat(0.0); N];
+                for n in 0..N {
+                    q[n] = S::load(self.queries.add((i + n) * self.key + k));
+                }
                 for j in 0..4 {
                     let key = S::load(self.keys.add((s + j) * self.key + k));
                     for n in 0..N {
@@ -420,14 +426,20 @@ impl Work<'_> {
                     ..old
                 };
             }
-            let blocks: [S::V; 4] = std::array::from_fn(|j| S::load(scores.add(j * LANES)));
-            let most = S::max(S::max(blocks[0], blocks[1]), S::max(blocks[2], blocks[3]));
+            let mut weights = [S::splat(0.0); 4];
+            for j in 0..4 {
+                weights[j] = S::load(scores.add(j * LANES));
+            }
+            let most = S::max(
+                S::max(weights[0], weights[1]),
+                S::max(weights[2], weights[3]),
+            );
             let mut lanes = [old.max; LANES];
             S::store(lanes.as_mut_ptr(), S::max(most, S::splat(old.max)));
             let max = lanes.into_iter().fold(old.max, f32::max);
-            let weights = blocks.map(|b| S::exp(S::sub(b, S::splat(max))));
-            for (j, w) in weights.into_iter().enumerate() {
-                S::store(scores.add(j * LANES), w);
+            for j in 0..4 {
+                weights[j] = S::exp(S::sub(weights[j], S::splat(max)));
+                S::store(scores.add(j * LANES), weights[j]);
             }
             let sum = S::sum(S::add(
                 S::add(weights[0], weights[1]),
@@ -455,12 +467,18 @@ impl Work<'_> {
         // SAFETY: as for `block`.
         unsafe {
             let at = |n: usize, c: usize| self.sums.add((i + n) * self.value + column + c * LANES);
-            let mut sums: [[S::V; C]; N] = std::array::from_fn(|n| {
-                std::array::from_fn(|c| S::mul(S::load(at(n, c)), S::splat(rescale[n])))
-            });
+            let mut sums = [[S::splat(0.0); C]; N];
+            for n in 0..N {
+                for c in 0..C {
+                    sums[n][c] = S::mul(S::load(at(n, c)), S::splat(rescale[n]));
+                }
+            }
             for s in 0..count {
                 let row = self.values.add(s * self.value_stride + column);
-                let values: [S::V; C] = std::array::from_fn(|c| S::load(row.add(c * LANES)));
+                let mut values = [S::splat(0.0); C];
+                for c in 0..C {
+                    values[c] = S::load(row.add(c * LANES));
+                }
                 for n in 0..N {
                     let weight = S::splat(*self.scores.add((i + n) * BLOCK_TOKENS + s));
                     for c in 0..C {

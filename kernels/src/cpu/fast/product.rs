@@ -273,10 +273,11 @@ unsafe fn tile<S: Simd, W: Load, const M: usize>(
 ) {
     // SAFETY: the caller's: weights, inputs and totals are as long as `chunks` and `M` say.
     unsafe {
-        let mut sums: [[S::V; 2]; M] = std::array::from_fn(|m| {
+        let mut sums = [[S::splat(0.0); 2]; M];
+        for m in 0..M {
             let total = totals.add(m * PANEL);
-            [S::load(total), S::load(total.add(16))]
-        });
+            sums[m] = [S::load(total), S::load(total.add(16))];
+        }
         let mut chunk = 0;
         // With few rows, several chunks at once hide the latency of the multiply-add.
         if M <= 2 && S::WIDE {

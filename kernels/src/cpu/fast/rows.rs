@@ -20,23 +20,12 @@ fn each_row(pool: &mut Pool, rows: usize, cost: usize, task: &(dyn Fn(usize) + S
     });
 }
 
-/// Applies `f` to vectors of `len` values at `x` and stores the results at `out`.
+/// The vectors of a row of `len` values: where each begins, and how many values it has.
 #[inline(always)]
-unsafe fn map<S: Simd>(len: usize, out: *mut f32, f: impl Fn(usize, usize) -> S::V) {
-    // SAFETY: the caller's: `len` values of room.
-    unsafe {
-        for i in (0..len).step_by(LANES) {
-            let n = (len - i).min(LANES);
-            let v = f(i, n);
-            if n == LANES {
-                S::store(out.add(i), v);
-            } else {
-                let mut lanes = [0.0; LANES];
-                S::store(lanes.as_mut_ptr(), v);
-                out.add(i).copy_from_nonoverlapping(lanes.as_ptr(), n);
-            }
-        }
-    }
+fn vectors(len: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..len)
+        .step_by(LANES)
+        .map(move |i| (i, LANES.min(len - i)))
 }
 
 /// RMSNorm of a row.
@@ -55,18 +44,20 @@ impl Kernel for Norm<'_> {
         let len = self.x.len();
         assert!(self.weight.len() == len && self.out.len() == len);
         let (x, weight) = (self.x.as_ptr(), self.weight.as_ptr());
+        let out = self.out.as_mut_ptr();
         // SAFETY: three slices of `len` values.
         unsafe {
             let mut squares = S::splat(0.0);
-            for i in (0..len).step_by(LANES) {
-                let x = S::load_first(x.add(i), (len - i).min(LANES));
+            for (i, n) in vectors(len) {
+                let x = S::load_first(x.add(i), n);
                 squares = S::fma(x, x, squares);
             }
             let scale = S::splat(1.0 / (S::sum(squares) / len as f32 + self.eps).sqrt());
-            map::<S>(len, self.out.as_mut_ptr(), |i, n| {
+            for (i, n) in vectors(len) {
                 let x = S::mul(S::load_first(x.add(i), n), scale);
-                S::mul(x, S::load_first(weight.add(i), n))
-            });
+                let y = S::mul(x, S::load_first(weight.add(i), n));
+                S::store_first(out.add(i), n, y);
+            }
         }
     }
 }
@@ -141,14 +132,16 @@ impl Kernel for Swiglu<'_> {
         let len = self.out.len();
         assert!(self.gate.len() == len && self.up.len() == len);
         let (gate, up) = (self.gate.as_ptr(), self.up.as_ptr());
+        let out = self.out.as_mut_ptr();
         // SAFETY: three slices of `len` values.
         unsafe {
-            map::<S>(len, self.out.as_mut_ptr(), |i, n| {
+            for (i, n) in vectors(len) {
                 let gate = S::load_first(gate.add(i), n);
                 let up = S::load_first(up.add(i), n);
                 let exp = S::exp(S::sub(S::splat(0.0), gate));
-                S::mul(S::div(gate, S::add(S::splat(1.0), exp)), up)
-            });
+                let silu = S::div(gate, S::add(S::splat(1.0), exp));
+                S::store_first(out.add(i), n, S::mul(silu, up));
+            }
         }
     }
 }
@@ -195,8 +188,8 @@ impl Kernel for Quantise<'_> {
         // SAFETY: two slices of `len` values.
         unsafe {
             let mut most = S::splat(0.0);
-            for i in (0..len).step_by(LANES) {
-                let x = S::load_first(x.add(i), (len - i).min(LANES));
+            for (i, n) in vectors(len) {
+                let x = S::load_first(x.add(i), n);
                 most = S::max(S::abs(x), most);
             }
             let mut lanes = [0.0; LANES];
@@ -206,8 +199,7 @@ impl Kernel for Quantise<'_> {
                 ScaleFormat::F32 => fp8::scale(amax),
                 ScaleFormat::Ue8m0 => fp8::scale_ue8m0(amax),
             };
-            for i in (0..len).step_by(LANES) {
-                let n = (len - i).min(LANES);
+            for (i, n) in vectors(len) {
                 let v = S::div(S::load_first(x.add(i), n), S::splat(scale));
                 let mut bytes = [0; LANES];
                 S::store_fp8(bytes.as_mut_ptr(), v);
@@ -255,22 +247,27 @@ impl Kernel for Scores<'_> {
                 // The last experts again where four do not fit, so that all sums are made alike.
                 let rows: [usize; 4] = std::array::from_fn(|j| (e + j).min(count - 1));
                 let mut sums = [S::splat(0.0); 4];
-                for i in (0..len).step_by(LANES) {
-                    let n = (len - i).min(LANES);
-                    let x = S::load_first(x.add(i), n);
+                let whole = len / LANES * LANES;
+                for i in (0..whole).step_by(LANES) {
+                    let x = S::load(x.add(i));
                     for j in 0..4 {
-                        let w = S::load_first(weight.add(rows[j] * len + i), n);
-                        sums[j] = S::fma(x, w, sums[j]);
+                        sums[j] = S::fma(x, S::load(weight.add(rows[j] * len + i)), sums[j]);
                     }
+                }
+                let x = S::load_first(x.add(whole), len - whole);
+                for j in 0..4 {
+                    let w = S::load_first(weight.add(rows[j] * len + whole), len - whole);
+                    sums[j] = S::fma(x, w, sums[j]);
                 }
                 for (row, z) in rows.into_iter().zip(S::sum4(sums)) {
                     *out.add(row) = z;
                 }
             }
-            map::<S>(count, out, |i, n| {
+            for (i, n) in vectors(count) {
                 let exp = S::exp(S::sub(S::splat(0.0), S::load_first(out.add(i), n)));
-                S::div(S::splat(1.0), S::add(S::splat(1.0), exp))
-            });
+                let sigmoid = S::div(S::splat(1.0), S::add(S::splat(1.0), exp));
+                S::store_first(out.add(i), n, sigmoid);
+            }
         }
     }
 }
@@ -326,19 +323,20 @@ impl Kernel for Combine<'_> {
     unsafe fn run<S: Simd>(self) {
         let len = self.out.len();
         assert!(self.y.cols == len && self.shared.is_none_or(|s| s.len() == len));
+        let out = self.out.as_mut_ptr();
         // SAFETY: `y`'s rows, `shared` and `out` have `len` values.
         unsafe {
-            map::<S>(len, self.out.as_mut_ptr(), |i, n| {
+            for (i, n) in vectors(len) {
                 let mut sum = S::splat(0.0);
                 for (weight, row) in self.weights.iter().zip(self.rows) {
                     let y = S::load_first(self.y.row(*row as usize).as_ptr().add(i), n);
                     sum = S::fma(S::splat(*weight), y, sum);
                 }
-                match self.shared {
-                    Some(shared) => S::add(sum, S::load_first(shared.as_ptr().add(i), n)),
-                    None => sum,
+                if let Some(shared) = self.shared {
+                    sum = S::add(sum, S::load_first(shared.as_ptr().add(i), n));
                 }
-            });
+                S::store_first(out.add(i), n, sum);
+            }
         }
     }
 }

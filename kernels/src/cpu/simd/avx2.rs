@@ -41,20 +41,35 @@ unsafe fn high_word(words: __m256i) -> __m256 {
     _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65_536)))
 }
 
+/// `2^n` of eight values.
+#[inline(always)]
+unsafe fn pow2x8(n: __m256) -> __m256 {
+    let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+}
+
+/// Sum of the sixteen lanes.
+#[inline(always)]
+unsafe fn lane_sum(v: V) -> f32 {
+    let s = _mm256_add_ps(v[0], v[1]);
+    let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s));
+    let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    _mm_cvtss_f32(_mm_add_ps(s, _mm_shuffle_ps::<1>(s, s)))
+}
+
 /// Eight FP8 values.
 #[inline(always)]
 unsafe fn fp8x8(p: *const u8) -> __m256 {
-    let set = |x| _mm256_set1_epi32(x);
     let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
-    let code = _mm256_and_si256(bytes, set(0x7f));
-    let normal = _mm256_add_epi32(_mm256_slli_epi32::<20>(code), set(120 << 23));
+    let code = _mm256_and_si256(bytes, _mm256_set1_epi32(0x7f));
+    let normal = _mm256_add_epi32(_mm256_slli_epi32::<20>(code), _mm256_set1_epi32(120 << 23));
     // Below the smallest normal value the code counts steps of 2^-9.
     let steps = _mm256_mul_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(1.0 / 512.0));
-    let small = _mm256_cmpgt_epi32(set(8), code);
+    let small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), code);
     let value = _mm256_blendv_epi8(normal, _mm256_castps_si256(steps), small);
-    let nan = _mm256_cmpeq_epi32(code, set(0x7f));
-    let value = _mm256_blendv_epi8(value, set(0x7fc0_0000), nan);
-    let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(bytes, set(0x80)));
+    let nan = _mm256_cmpeq_epi32(code, _mm256_set1_epi32(0x7f));
+    let value = _mm256_blendv_epi8(value, _mm256_set1_epi32(0x7fc0_0000), nan);
+    let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(bytes, _mm256_set1_epi32(0x80)));
     _mm256_castsi256_ps(_mm256_or_si256(value, sign))
 }
 
@@ -130,20 +145,16 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn pow2(n: V) -> V {
-        let pow2 = |n| {
-            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-        };
-        [pow2(n[0]), pow2(n[1])]
+        [pow2x8(n[0]), pow2x8(n[1])]
     }
     #[inline(always)]
     unsafe fn sum4(v: [V; 4]) -> [f32; 4] {
-        v.map(|v| {
-            let s = _mm256_add_ps(v[0], v[1]);
-            let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s));
-            let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-            _mm_cvtss_f32(_mm_add_ps(s, _mm_shuffle_ps::<1>(s, s)))
-        })
+        [
+            lane_sum(v[0]),
+            lane_sum(v[1]),
+            lane_sum(v[2]),
+            lane_sum(v[3]),
+        ]
     }
     #[inline(always)]
     unsafe fn bf16_pair(p: *const bf16) -> [V; 2] {
@@ -155,17 +166,23 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn bf16(p: *const bf16) -> V {
-        let words = |p: *const bf16| _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-        [low_word(words(p)), low_word(words(p.add(8)))]
+        [
+            low_word(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()))),
+            low_word(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()))),
+        ]
     }
     #[inline(always)]
     unsafe fn fp8_rows(p: *const u8) -> [[V; 2]; 2] {
-        [0, 32].map(|row| {
-            [0, 16].map(|half| {
-                let p = p.add(row + half);
-                [fp8x8(p), fp8x8(p.add(8))]
-            })
-        })
+        [
+            [
+                [fp8x8(p), fp8x8(p.add(8))],
+                [fp8x8(p.add(16)), fp8x8(p.add(24))],
+            ],
+            [
+                [fp8x8(p.add(32)), fp8x8(p.add(40))],
+                [fp8x8(p.add(48)), fp8x8(p.add(56))],
+            ],
+        ]
     }
     #[inline(always)]
     unsafe fn store_fp8(p: *mut u8, v: V) {

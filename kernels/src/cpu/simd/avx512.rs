@@ -53,6 +53,15 @@ unsafe fn table(bytes: &[u8; 128]) -> [__m512i; 2] {
     ]
 }
 
+/// Lanes i and i + 8 of two vectors added: the first's in the first half.
+#[inline(always)]
+unsafe fn fold(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(
+        _mm512_shuffle_f32x4::<0x44>(a, b),
+        _mm512_shuffle_f32x4::<0xee>(a, b),
+    )
+}
+
 /// The even and the odd words of a register of bfloat16, as float32.
 #[inline(always)]
 unsafe fn widen(words: __m512i) -> [__m512; 2] {
@@ -143,12 +152,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum4(v: [__m512; 4]) -> [f32; 4] {
         // Two vectors fold into the quarters of one, then four, then within the quarters.
-        let fold = |a, b| {
-            _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x44>(a, b),
-                _mm512_shuffle_f32x4::<0xee>(a, b),
-            )
-        };
         let (a, b) = (fold(v[0], v[1]), fold(v[2], v[3]));
         let s = _mm512_add_ps(
             _mm512_shuffle_f32x4::<0x88>(a, b),
@@ -185,21 +188,27 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_fp8(p: *mut u8, v: __m512) {
-        let set = |x| _mm512_set1_epi32(x);
         let bits = _mm512_castps_si512(v);
-        let sign = _mm512_and_si512(_mm512_srli_epi32::<24>(bits), set(0x80));
+        let sign = _mm512_and_si512(_mm512_srli_epi32::<24>(bits), _mm512_set1_epi32(0x80));
         let magnitude = _mm512_castps_si512(_mm512_abs_ps(v));
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(magnitude), set(1));
-        let rounded = _mm512_add_epi32(_mm512_add_epi32(magnitude, set(0x7_ffff)), odd);
-        let normal = _mm512_sub_epi32(_mm512_srli_epi32::<20>(rounded), set(960));
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(magnitude), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(
+            _mm512_add_epi32(magnitude, _mm512_set1_epi32(0x7_ffff)),
+            odd,
+        );
+        let normal = _mm512_sub_epi32(_mm512_srli_epi32::<20>(rounded), _mm512_set1_epi32(960));
         // Near 2^14 float32 counts in steps of 2^-9, as FP8 does below its smallest normal value.
         let step = _mm512_set1_ps(16_384.0);
         let steps = _mm512_castps_si512(_mm512_add_ps(_mm512_abs_ps(v), step));
         let subnormal = _mm512_sub_epi32(steps, _mm512_castps_si512(step));
-        let small = _mm512_cmplt_epu32_mask(magnitude, set(0x3c80_0000));
-        let infinite = _mm512_cmpge_epu32_mask(magnitude, set(0x7f80_0000));
-        let finite = _mm512_mask_blend_epi32(small, _mm512_min_epu32(normal, set(0x7e)), subnormal);
-        let value = _mm512_mask_blend_epi32(infinite, finite, set(0x7f));
+        let small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x3c80_0000));
+        let infinite = _mm512_cmpge_epu32_mask(magnitude, _mm512_set1_epi32(0x7f80_0000));
+        let finite = _mm512_mask_blend_epi32(
+            small,
+            _mm512_min_epu32(normal, _mm512_set1_epi32(0x7e)),
+            subnormal,
+        );
+        let value = _mm512_mask_blend_epi32(infinite, finite, _mm512_set1_epi32(0x7f));
         let bytes = _mm512_cvtepi32_epi8(_mm512_or_si512(value, sign));
         _mm_storeu_si128(p.cast(), bytes);
     }

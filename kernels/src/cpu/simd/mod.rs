@@ -61,6 +61,20 @@ pub(super) trait Simd: Copy + 'static {
     /// Stores 16 values as FP8, as [`crate::fp8::encode`] does.
     unsafe fn store_fp8(p: *mut u8, v: Self::V);
 
+    /// Stores the first `n` (at most 16) lanes.
+    #[inline(always)]
+    unsafe fn store_first(p: *mut f32, n: usize, v: Self::V) {
+        // SAFETY: the caller's, for all of these.
+        unsafe {
+            if n == LANES {
+                return Self::store(p, v);
+            }
+            let mut lanes = [0.0; LANES];
+            Self::store(lanes.as_mut_ptr(), v);
+            p.copy_from_nonoverlapping(lanes.as_ptr(), n);
+        }
+    }
+
     /// Sum of the lanes, in `sum4`'s order.
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
@@ -102,7 +116,8 @@ pub(super) trait Simd: Copy + 'static {
     }
 }
 
-/// A computation written once for all instruction sets. `run` must be `#[inline(always)]`.
+/// A computation written once for all instruction sets. `run` and what it calls must be `#[inline(always)]`, and vectors
+/// must stay out of closures: only what is inlined is compiled for the instruction set.
 pub(super) trait Kernel {
     type Out;
 
