@@ -19,3 +19,6 @@ pub use config::{Config, Identity, Role};
 pub use drain::Ended;
 pub use serve::{Error, Incoming, serve};
 pub use shared::Outside;
+
+#[cfg(test)]
+mod tests;

@@ -10,9 +10,8 @@ const FAILED_KEY: &str = "hadal-failed";
 pub(crate) fn refused(refused: &Refused) -> Status {
     let code = match refused {
         Refused::QueueFull { .. } => Code::ResourceExhausted,
-        Refused::Draining => Code::Unavailable,
+        Refused::Draining | Refused::Broken(_) => Code::Unavailable,
         Refused::Invalid(_) => Code::InvalidArgument,
-        Refused::Broken(_) => Code::Internal,
     };
     Status::new(code, refused.to_string())
 }
