@@ -34,9 +34,12 @@ impl ExpertLoad {
         self.experts
     }
 
-    /// Adds one step's counts `[layers, experts]`.
-    pub fn add(&self, counts: &[u32]) {
-        for (total, &count) in self.tokens.iter().zip(counts) {
+    /// Adds a step's counts of layer number `layer`; layers that are not counted here are left out.
+    pub fn add(&self, layer: usize, counts: &[u32]) {
+        let Some(row) = self.layers.iter().position(|&counted| counted == layer) else {
+            return;
+        };
+        for (total, &count) in self.tokens[row * self.experts..].iter().zip(counts) {
             if count > 0 {
                 total.fetch_add(u64::from(count), Ordering::Relaxed);
             }
@@ -59,8 +62,11 @@ mod tests {
     #[test]
     fn counts_add_up_by_layer_and_expert() {
         let load = ExpertLoad::new(vec![3, 4], 3);
-        load.add(&[1, 0, 2, 0, 5, 0]);
-        load.add(&[1, 0, 0, 0, 0, 7]);
+        load.add(3, &[1, 0, 2]);
+        load.add(4, &[0, 5, 0]);
+        load.add(3, &[1, 0, 0]);
+        load.add(4, &[0, 0, 7]);
+        load.add(9, &[1, 1, 1]);
         assert_eq!(load.row(0), [2, 0, 2]);
         assert_eq!(load.row(1), [0, 5, 7]);
     }

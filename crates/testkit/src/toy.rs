@@ -334,7 +334,7 @@ impl Runner for Toy {
     }
 
     fn count_experts(&mut self, load: &ExpertLoad) -> Result<(), RunnerError> {
-        load.add(&self.counts);
+        load.add(self.facts.moe_layers[0], &self.counts);
         self.counts.fill(0);
         Ok(())
     }

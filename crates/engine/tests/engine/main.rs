@@ -1,4 +1,5 @@
-//! The engine over a toy network that checks its KV: driven step by step, so every test is deterministic.
+//! The engine over a toy network that checks its KV, and over a small random DeepSeek: driven step by step, so every test
+//! is deterministic.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -7,6 +8,7 @@
 )]
 
 mod cancel;
+mod network;
 mod phases;
 mod rig;
 mod sampling;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use engine::{
-    Options,
+    Options, Runner,
     api::{Engine, Event, Finish, Job, Phase},
 };
 use kv::{BLOCK_TOKENS, Blocks, complete_blocks};
@@ -19,7 +19,7 @@ fn prefill(tokens: Vec<u32>) -> Job {
 }
 
 /// Copies what was told to be filled, and nothing else, as a transfer does: through pieces and their checksums.
-fn transfer(story: &Story, from: &Rig, to: &Rig, tokens: &[u32]) -> Blocks {
+pub fn transfer<R: Runner>(story: &Story, from: &Rig<R>, to: &Rig<R>, tokens: &[u32]) -> Blocks {
     let reservation = to.engine.pool().reserve(tokens, b"").unwrap();
     let writer = reservation.writer();
     let blocks = story.blocks().unwrap();

@@ -65,26 +65,19 @@ pub fn job(tokens: Vec<u32>, max_tokens: usize) -> Job {
     }
 }
 
-/// An engine whose steps the test makes.
-pub struct Rig {
+/// An engine whose steps the test makes, over blocks that are poisoned when freed.
+pub struct Rig<R = Toy> {
     pub engine: Arc<Handle>,
-    pub driver: Driver<Toy>,
+    pub driver: Driver<R>,
     pub violations: mpsc::UnboundedReceiver<String>,
 }
 
 impl Rig {
     pub fn new(config: ToyConfig, options: Options) -> Self {
         let (toy, violations) = Toy::new(config);
-        let pool = Pool::poisoning(toy.memory(), "toy");
-        let surroundings = Surroundings {
-            clock: Instant::now,
-            wake: Arc::new(|| ()),
-        };
-        let (engine, driver) = build(toy, pool, options, surroundings).unwrap();
         Self {
-            engine,
-            driver,
             violations,
+            ..Self::over(toy, options)
         }
     }
 
@@ -95,6 +88,22 @@ impl Rig {
             ..ToyConfig::default()
         };
         Self::new(config, Options::default())
+    }
+}
+
+impl<R: Runner> Rig<R> {
+    pub fn over(runner: R, options: Options) -> Self {
+        let pool = Pool::poisoning(runner.memory(), "revision");
+        let surroundings = Surroundings {
+            clock: Instant::now,
+            wake: Arc::new(|| ()),
+        };
+        let (engine, driver) = build(runner, pool, options, surroundings).unwrap();
+        Self {
+            engine,
+            driver,
+            violations: mpsc::unbounded_channel().1,
+        }
     }
 
     pub fn submit(&self, job: Job) -> Story {
