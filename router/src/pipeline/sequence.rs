@@ -27,6 +27,10 @@ use super::{
 };
 use crate::fleet::{Assignment, Worker};
 
+/// After so many tokens without a failure, what failed before is forgotten: a long answer may outlive many workers, and
+/// one that makes every worker fail still ends soon.
+const PROGRESS_TOKENS: u32 = 256;
+
 /// What a sequence needs, whichever worker runs it.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
@@ -58,6 +62,8 @@ pub(crate) struct Sequence {
     prompt_tokens: usize,
     attempt: u32,
     failures: u32,
+    /// Tokens given when the last attempt failed.
+    failed_at: u32,
     refusals: u32,
     avoid: Vec<String>,
     cached_tokens: Option<u32>,
@@ -85,6 +91,7 @@ impl Sequence {
             spec,
             attempt: 1,
             failures: 0,
+            failed_at: 0,
             refusals: 0,
             avoid: Vec::new(),
             cached_tokens: None,
@@ -452,6 +459,12 @@ impl Sequence {
         debug!(attempt = self.attempt, %detail, "attempt failed");
         self.attempt += 1;
         let wait = if let Some(reason) = reason {
+            let produced = self.produced();
+            if produced - self.failed_at >= PROGRESS_TOKENS {
+                self.failures = 0;
+                self.avoid.clear();
+            }
+            self.failed_at = produced;
             self.failures += 1;
             self.avoid.extend(avoid);
             self.permit_retry(reason)?;
