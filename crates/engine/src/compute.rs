@@ -47,7 +47,10 @@ impl<R: Runner> Core<R> {
                 Ok(Some(Finish::HandOff)) => leaving.push(index),
                 Ok(Some(finish)) => ended.push((index, Event::Finished(finish))),
                 Err(bad) => {
-                    // The KV behind such logits is not to be found again.
+                    // The KV behind such logits must not be found again.
+                    if let Some(held) = &sequence.held {
+                        held.blocks().withdraw();
+                    }
                     ended.push((index, Event::Failed(Error::Network(bad.to_string()))));
                     continue;
                 }

@@ -179,6 +179,12 @@ impl Blocks {
     pub fn publish(&self, index: usize, hash: BlockHash) {
         self.pool.state.lock().publish(self.ids[index], hash);
     }
+
+    /// Makes all of them unfindable: what they hold gave an answer that can not be. Other holders keep them, nobody
+    /// else gets them.
+    pub fn withdraw(&self) {
+        self.pool.state.lock().withdraw(&self.ids);
+    }
 }
 
 impl Drop for Blocks {

@@ -257,6 +257,16 @@ impl State {
         }
     }
 
+    /// Takes the names of blocks away: their contents are in doubt. Who holds them keeps them.
+    pub(crate) fn withdraw(&mut self, ids: &[BlockId]) {
+        for id in ids {
+            if let Some(hash) = self.blocks[id.index()].hash.take() {
+                self.index.remove(&hash);
+                self.log.record(hash, false);
+            }
+        }
+    }
+
     /// No writer is left and the contents are right: the blocks are their holder's.
     pub(crate) fn settle(&mut self, ids: &[BlockId]) {
         for id in ids {
@@ -327,7 +337,7 @@ impl State {
                 }
                 Place::Used { holders } => {
                     counted.used += 1;
-                    holders > 0 && (named || holders == 1)
+                    holders > 0
                 }
                 Place::Cached { released } => {
                     counted.cached += 1;

@@ -26,6 +26,7 @@ enum Step {
     Commit(usize),
     DropBlocks(usize),
     DropReservation(usize),
+    Withdraw(usize),
     ClearCache,
 }
 
@@ -41,6 +42,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..8usize).prop_map(Step::Commit),
         4 => (0..8usize).prop_map(Step::DropBlocks),
         2 => (0..8usize).prop_map(Step::DropReservation),
+        1 => (0..8usize).prop_map(Step::Withdraw),
         1 => Just(Step::ClearCache),
     ];
     prop::collection::vec(step, 0..120)
@@ -191,6 +193,16 @@ impl Model {
             Step::DropReservation(i) => {
                 if let Some(i) = pick(self.reservations.len(), i) {
                     self.reservations.swap_remove(i);
+                }
+            }
+            Step::Withdraw(i) => {
+                if let Some(i) = pick(self.sequences.len(), i) {
+                    let (_, blocks) = &self.sequences[i];
+                    blocks.withdraw();
+                    // A hit on them from now on would be a hit on other contents.
+                    for id in blocks.ids() {
+                        self.contents.remove(id);
+                    }
                 }
             }
             Step::ClearCache => pool.clear_cache(),

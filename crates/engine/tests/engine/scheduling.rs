@@ -306,6 +306,24 @@ fn poisoned_logits_fail_one_sequence_and_leave_its_mates_alone() {
 }
 
 #[test]
+fn kv_that_gave_impossible_logits_is_not_found_again() {
+    let tokens = prompt(1, 150);
+    let poison = ToyConfig {
+        poison_token: Some(298),
+        ..toy()
+    };
+    let mut rig = Rig::new(poison, Options::default());
+    rig.run(job(tokens.clone(), 1));
+    let cached = rig.engine.pool().usage().cached;
+    assert_eq!(cached, 2);
+    let mut bad = tokens;
+    bad.push(298);
+    assert!(rig.run(job(bad, 1)).failure().is_some());
+    assert_eq!(rig.engine.pool().usage().cached, 0);
+    rig.rest();
+}
+
+#[test]
 fn dropping_the_last_handle_ends_everything() {
     let mut rig = Rig::with_blocks(8);
     let mut story = rig.submit(job(prompt(1, 30), 100));
