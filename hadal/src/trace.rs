@@ -87,7 +87,7 @@ fn trace(args: &Args) -> Result<()> {
     tracer.cache_entries(tokens.len())?;
     tracer.generate(&tokens, args.generate)?;
     let Tracer { found, .. } = tracer;
-    write(&args.out, found)?;
+    write(&args.out, &found)?;
     eprintln!(
         "wrote {} ({} tokens, {precision}, {form:?})",
         args.out.display(),
@@ -166,8 +166,8 @@ impl<'a, B: Backend> Tracer<'a, B> {
         let mut found = BTreeMap::new();
         let mut all = Vec::with_capacity(tokens.len() * self.network.config().vocab_size);
         for (chunk, tokens) in tokens.chunks(CHUNK).enumerate() {
-            self.step(tokens, chunk * CHUNK, form, &mut |done| {
-                gate_choices(done, tokens.len(), &mut found)
+            self.step(tokens, chunk * CHUNK, form, &mut |mut done| {
+                gate_choices(&mut done, tokens.len(), &mut found)
             })?;
             all.extend_from_slice(&self.logits);
         }
@@ -187,7 +187,7 @@ impl<'a, B: Backend> Tracer<'a, B> {
                 let bytes = layer * layer_bytes..(layer + 1) * layer_bytes;
                 let dtype = self.network.cache_dtype();
                 self.cache.read(block as usize, bytes, &mut |bytes| {
-                    widen(dtype, bytes, &mut values)
+                    widen(dtype, bytes, &mut values);
                 })?;
             }
             let (mut latent, mut rope) = (Vec::new(), Vec::new());
@@ -247,7 +247,7 @@ impl<'a, B: Backend> Tracer<'a, B> {
 
 /// Appends one layer's ids and weights to what earlier chunks gave.
 fn gate_choices<B: Backend>(
-    done: LayerDone<'_, B>,
+    done: &mut LayerDone<'_, B>,
     rows: usize,
     found: &mut BTreeMap<String, Found>,
 ) -> model::Result<()> {
@@ -306,7 +306,7 @@ fn greedy(logits: &[f32]) -> Result<u32> {
     Ok(token.context("there are no logits")? as u32)
 }
 
-fn write(path: &Path, found: BTreeMap<String, Found>) -> Result<()> {
+fn write(path: &Path, found: &BTreeMap<String, Found>) -> Result<()> {
     let tensors = found
         .iter()
         .map(|(name, tensor)| {

@@ -36,7 +36,10 @@ def load(directory, dtype, activations=None):
     plain = {name: t.contiguous() for name, t in plain.items() if not name.startswith(trunk)}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.write(folder, config, plain)
-        model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype)
+        # The plain loop over experts: the grouped one refuses odd sizes.
+        model = DeepseekV3ForCausalLM.from_pretrained(
+            folder, dtype=dtype, experts_implementation="eager"
+        )
     fp8 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
     if activations:
         quantise_inputs(model, fp8, activations)

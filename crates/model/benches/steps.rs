@@ -1,0 +1,121 @@
+//! Times steps of a checkpoint's network on the CPU, on request: the Hadal side of `tests/reference/hf_bench.py`.
+//!
+//! `cargo bench -p model --bench steps -- DIR [PRECISION]` loads the checkpoint and answers each line of standard input
+//! (`prefill BATCH TOKENS` or `decode BATCH CONTEXT STEPS`) with the seconds it took, weights and cache being warm.
+
+use std::{
+    io::{self, BufRead as _, Write as _},
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
+
+use kernels::Cpu;
+use model::{Checkpoint, Limits, Network, Scratch, Sequence};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+const MAX_SEQUENCES: usize = 16;
+const MAX_CONTEXT: usize = 1024;
+const BLOCKS: usize = MAX_CONTEXT / model::step::BLOCK_TOKENS;
+
+struct Bench {
+    network: Network<Cpu>,
+    scratch: Scratch<Cpu>,
+    cache: <Cpu as kernels::Backend>::Cache,
+    logits: Vec<f32>,
+}
+
+fn main() -> Result<()> {
+    // `cargo bench` adds a flag of its own.
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    let Some(directory) = args.next() else {
+        println!("steps: no checkpoint directory given, nothing timed");
+        return Ok(());
+    };
+    let checkpoint = Checkpoint::open(&PathBuf::from(directory))?;
+    let precision = args.next().map(|name| name.parse()).transpose()?;
+    let precision = precision.unwrap_or_else(|| checkpoint.precision());
+    let limits = Limits {
+        max_tokens: 2048,
+        max_sequences: MAX_SEQUENCES,
+        max_context: MAX_CONTEXT,
+        max_expanded_context: MAX_CONTEXT,
+        expanded_from: model::EXPANDED_FROM,
+        max_states: 0,
+        mtp: false,
+    };
+    let threads = std::thread::available_parallelism()?.get();
+    let backend = Arc::new(Cpu::new(threads));
+    let network = Network::load(backend, &checkpoint, precision, limits, &mut |_| {})?;
+    let (scratch, cache) = (network.scratch()?, network.cache(MAX_SEQUENCES * BLOCKS)?);
+    let mut bench = Bench {
+        network,
+        scratch,
+        cache,
+        logits: Vec::new(),
+    };
+    println!("ready {precision} {threads}");
+    for line in io::stdin().lock().lines() {
+        println!("{}", bench.answer(&line?)?);
+        io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+impl Bench {
+    fn answer(&mut self, line: &str) -> Result<f64> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number = |at: usize| -> Result<usize> {
+            Ok(words.get(at).ok_or("a number is missing")?.parse()?)
+        };
+        let batch = number(1)?;
+        match words.first() {
+            Some(&"prefill") => {
+                let tokens = number(2)?;
+                let start = Instant::now();
+                self.step(batch, 0, tokens)?;
+                Ok(start.elapsed().as_secs_f64())
+            }
+            Some(&"decode") => {
+                let context = number(2)?;
+                self.step(batch, 0, context)?;
+                let start = Instant::now();
+                for step in 0..number(3)? {
+                    self.step(batch, context + step, 1)?;
+                }
+                Ok(start.elapsed().as_secs_f64())
+            }
+            _ => Err(format!("\"{line}\" is neither prefill nor decode").into()),
+        }
+    }
+
+    /// `new` tokens for each sequence after `first` others, logits of the last.
+    fn step(&mut self, batch: usize, first: usize, new: usize) -> Result<()> {
+        let vocab = self.network.config().vocab_size;
+        let tokens: Vec<u32> = (0..batch * new)
+            .map(|i| ((first + i) * 31 % vocab) as u32)
+            .collect();
+        let blocks: Vec<u32> = (0..(batch * BLOCKS) as u32).collect();
+        let form = self.network.form(new, first + new);
+        let sequences: Vec<Sequence<'_>> = tokens
+            .chunks(new)
+            .zip(blocks.chunks(BLOCKS))
+            .map(|(tokens, blocks)| Sequence {
+                tokens,
+                first,
+                blocks,
+                form,
+                logits: new - 1..new,
+                state: None,
+            })
+            .collect();
+        let Self {
+            network,
+            scratch,
+            cache,
+            logits,
+        } = self;
+        Ok(network.forward(scratch, &sequences, cache, &mut |_| Ok(()), logits)?)
+    }
+}

@@ -1,0 +1,147 @@
+"""Decode and prefill speed on this machine's CPU: Hadal beside Hugging Face transformers, the same checkpoint.
+
+    python hf_bench.py --model DIR                 any checkpoint
+    python hf_bench.py --random bf16|fp8           a random one of 300 M parameters
+    [--precision P] [--rounds 5]
+
+Both stay loaded; rounds alternate between them, so that whatever else the machine does falls on both. Printed are the
+medians over the rounds in tokens a second and their ratio. Hugging Face runs in BF16 and in float32, and with each way of
+computing experts it has: its best figure counts. Build first: cargo bench -p model --bench steps --no-run
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import hf
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = [
+    ("decode", 1, 128, 32),
+    ("decode", 16, 128, 16),
+    ("prefill", 1, 512, None),
+    ("prefill", 16, 128, None),
+]
+MEDIUM = {
+    "vocab_size": 16384,
+    "hidden_size": 1024,
+    "num_hidden_layers": 6,
+    "num_nextn_predict_layers": 0,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 384,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "intermediate_size": 2816,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 32,
+    "n_group": 8,
+    "topk_group": 4,
+}
+
+
+class Hadal:
+    def __init__(self, directory, precision):
+        command = ["cargo", "bench", "-q", "-p", "model", "--bench", "steps", "--", str(directory)]
+        command += [precision] if precision else []
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+        ready, self.precision, self.threads = self.process.stdout.readline().split()
+        assert ready == "ready"
+
+    def seconds(self, what, batch, tokens, steps):
+        print(what, batch, tokens, steps or "", file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
+class HuggingFace:
+    def __init__(self, directory, dtype):
+        self.model, self.dtype = hf.load(directory, dtype), dtype
+        self.vocab = self.model.config.vocab_size
+
+    @torch.no_grad()
+    def seconds(self, what, batch, tokens, steps):
+        ids = torch.arange(batch * tokens).mul(31).remainder(self.vocab).view(batch, tokens)
+        start = time.perf_counter()
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        if what == "prefill":
+            return time.perf_counter() - start
+        next_ids = ids[:, :1]
+        start = time.perf_counter()
+        for _ in range(steps):
+            out = self.model(
+                input_ids=next_ids,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return time.perf_counter() - start
+
+    def variants(self):
+        """Ways of computing experts that work here."""
+        for name in ("eager", "grouped_mm", "batched_mm"):
+            try:
+                self.model.set_experts_implementation(name)
+                self.seconds("prefill", 1, 8, None)
+                yield name
+            except Exception as error:  # an implementation this machine or version lacks
+                print(f"({name} on {self.dtype}: {type(error).__name__})")
+
+
+def measure(directory, precision, rounds):
+    hadal = Hadal(directory, precision)
+    torch.set_num_threads(int(hadal.threads))
+    others = [(model, name) for dtype in (torch.bfloat16, torch.float32)
+              for model in [HuggingFace(directory, dtype)] for name in model.variants()]
+    print(f"{os.cpu_count()} CPUs, {hadal.threads} threads each; Hadal {hadal.precision}")
+    for case in CASES:
+        what, batch, tokens, steps = case
+        ours, theirs = [], {}
+        for _ in range(rounds):
+            ours.append(hadal.seconds(*case))
+            for number, (model, name) in enumerate(others):
+                # Too slow to win: one round is enough.
+                if len(theirs.get(number, [])) >= 1 and theirs[number][0] > 3 * min(t[0] for t in theirs.values()):
+                    continue
+                model.model.set_experts_implementation(name)
+                theirs.setdefault(number, []).append(model.seconds(*case))
+        best = min(theirs, key=lambda number: statistics.median(theirs[number]))
+        count = batch * (steps if what == "decode" else tokens)
+        mine, its = statistics.median(ours), statistics.median(theirs[best])
+        model, name = others[best]
+        print(
+            f"{what:7} batch {batch:2} x {tokens:3}: Hadal {count / mine:9.1f} tokens/s, "
+            f"Hugging Face {count / its:9.1f} ({str(model.dtype)[6:]}, {name}), ratio {its / mine:.2f}",
+            flush=True,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model")
+    source.add_argument("--random", choices=["bf16", "fp8"])
+    parser.add_argument("--precision")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.model:
+        return measure(args.model, args.precision, args.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        make = checkpoint.fp8_config if args.random == "fp8" else checkpoint.base_config
+        config = make(**MEDIUM)
+        tensors = checkpoint.random_tensors(config, args.random, 0)
+        checkpoint.write(folder, config, tensors)
+        measure(folder, args.precision, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
