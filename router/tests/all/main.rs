@@ -9,3 +9,4 @@ mod failures;
 mod harness;
 mod inference;
 mod limits;
+mod python;
