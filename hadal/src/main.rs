@@ -16,6 +16,7 @@ mod up;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use telemetry::announce;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -36,6 +37,10 @@ enum Command {
     Chat(chat::Args),
     Bench(bench::Args),
     Trace(trace::Args),
+    /// Compute prompts and push their KV to decode workers
+    PrefillWorker(worker::cli::PrefillArgs),
+    /// Generate tokens from KV that prefill workers push, or do both
+    DecodeWorker(worker::cli::DecodeArgs),
     Router(router::cli::Args),
     /// Print the reference of flags or metrics in Markdown
     #[command(hide = true)]
@@ -57,6 +62,12 @@ async fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Trace(args) => trace::run(args).await,
+        Command::PrefillWorker(args) => {
+            return announce::exit_code(worker::cli::run_prefill(args).await);
+        }
+        Command::DecodeWorker(args) => {
+            return announce::exit_code(worker::cli::run_decode(args).await);
+        }
         Command::Router(args) => router::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Reference { page } => reference::print::<Cli>(page),
     };

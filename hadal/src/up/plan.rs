@@ -16,6 +16,10 @@ use super::{
 };
 use crate::format;
 
+/// How long each process may finish what it has. Shorter than the supervisor's patience, so that processes end by
+/// themselves.
+const DRAIN_SECONDS: u64 = 8;
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
@@ -158,8 +162,11 @@ fn worker(args: &Args, model: &Path, log: &telemetry::log::Args, role: Role, uni
     flags.common(args, model, log);
     flags.pair("--unit", &name);
     flags.pair("--listen", "127.0.0.1:0");
-    flags.pair("--kv-listen", "127.0.0.1:0");
     flags.pair("--metrics-listen", "127.0.0.1:0");
+    flags.pair("--drain-seconds", DRAIN_SECONDS.to_string());
+    if role != Role::Prefill {
+        flags.pair("--kv-listen", "127.0.0.1:0");
+    }
     if let Some(precision) = args.precision {
         flags.pair("--precision", precision.to_string());
     }
@@ -182,6 +189,7 @@ fn router(args: &Args, model: &Path, folder: &Path, log: &telemetry::log::Args) 
     let mut flags = Flags::new("router");
     flags.common(args, model, log);
     flags.pair("--mode", args.mode.as_str());
+    flags.pair("--drain-timeout-s", DRAIN_SECONDS.to_string());
     flags.pair("--workers-file", super::workers_file::path(folder));
     Spec {
         name: "router".into(),
