@@ -1,8 +1,8 @@
-//! Attention over blocks of 64 context tokens with a running softmax.
+//! Attention over steps of 32 context tokens with a running softmax.
 //!
-//! An *item* is one head of one query token. Items of a task share their keys and values: every block of those is
-//! brought to float32 once for all of them. Blocks start at multiples of 64 tokens whatever the batch, an item's sums run
-//! over its own visible tokens only, and so its result does not depend on the items beside it.
+//! An *item* is one head of one query token. Items of a task share their keys and values: every step's are brought to
+//! float32 once for all of them. Steps start at multiples of 32 tokens whatever the batch, an item's sums run over its
+//! own visible tokens only, and so its result does not depend on the items beside it.
 
 use std::cell::RefCell;
 
@@ -13,7 +13,10 @@ use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
 use crate::cpu::views::{Rows, Seqs};
 
 /// Most items of a task.
-const ITEMS: usize = 32;
+const ITEMS: usize = 64;
+
+/// Context tokens of a step: their float32 keys fit the first-level cache beside the sums. Divides a cache block.
+const TOKENS: usize = 32;
 
 /// Multiply-adds below which a parallel region costs more than it saves.
 const ALONE: usize = 1 << 17;
@@ -195,9 +198,9 @@ struct Attend<'a> {
 /// A task with its room in the scratch; widths are padded with zeros to whole vectors.
 struct Work<'a> {
     task: Attend<'a>,
-    /// `[64][key]`
+    /// `[TOKENS][key]`
     keys: *mut f32,
-    /// `[64][value_stride]`
+    /// `[TOKENS][value_stride]`
     values: *mut f32,
     key: usize,
     value_stride: usize,
@@ -206,7 +209,7 @@ struct Work<'a> {
     queries: *mut f32,
     /// `[items][value]`: sums of weighted values.
     sums: *mut f32,
-    /// `[items][64]`: a block's scores, then its softmax weights.
+    /// `[items][TOKENS]`: a step's scores, then its softmax weights.
     scores: *mut f32,
 }
 
@@ -215,7 +218,7 @@ struct Work<'a> {
 struct Running {
     max: f32,
     sum: f32,
-    /// Factor on the sums so far, from this block's new maximum.
+    /// Factor on the sums so far, from this step's new maximum.
     rescale: f32,
 }
 
@@ -225,16 +228,23 @@ impl<'a> Work<'a> {
             task.key.next_multiple_of(LANES),
             task.value.next_multiple_of(LANES),
         );
+        let latent = matches!(task.context, Context::Latent(_));
         let n = task.items.len();
         let sizes = [
-            BLOCK_TOKENS * key,
-            BLOCK_TOKENS * value,
+            TOKENS * key,
+            if latent { 0 } else { TOKENS * value },
             n * key,
             n * value,
-            n * BLOCK_TOKENS,
+            n * TOKENS,
         ];
-        scratch.clear();
-        scratch.resize(sizes.iter().sum(), 0.0);
+        let all = sizes.iter().sum();
+        if scratch.len() < all {
+            scratch.resize(all, 0.0);
+        }
+        if key != task.key || value != task.value {
+            // The lanes of padding must be zero, not some other task's.
+            scratch[..all].fill(0.0);
+        }
         let mut rest = &mut scratch[..];
         let [keys, values, queries, sums, scores] = sizes.map(|size| {
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(size);
@@ -242,10 +252,7 @@ impl<'a> Work<'a> {
             part.as_mut_ptr()
         });
         // A latent entry is key and value in one.
-        let (values, value_stride) = match task.context {
-            Context::Latent(_) => (keys, key),
-            Context::Expanded { .. } => (values, value),
-        };
+        let (values, value_stride) = if latent { (keys, key) } else { (values, value) };
         Self {
             task,
             keys,
@@ -285,19 +292,19 @@ impl Work<'_> {
             for (i, item) in items.iter().enumerate() {
                 let to = self.queries.add(i * self.key);
                 to.copy_from_nonoverlapping(item.q, self.task.key);
+                self.sums.add(i * self.value).write_bytes(0, self.value);
             }
-            for block in 0..visible.div_ceil(BLOCK_TOKENS) {
-                let first = block * BLOCK_TOKENS;
-                self.fetch::<S>(block, (visible - first).min(BLOCK_TOKENS));
-                let seen = |i: usize| items[i].visible.saturating_sub(first).min(BLOCK_TOKENS);
+            for first in (0..visible).step_by(TOKENS) {
+                self.fetch::<S>(first, (visible - first).min(TOKENS));
+                let seen = |i: usize| items[i].visible.saturating_sub(first).min(TOKENS);
                 let mut i = 0;
                 while i < items.len() {
                     if S::WIDE && i + 4 <= items.len() {
                         let seen = [0, 1, 2, 3].map(|j| seen(i + j));
-                        self.block::<S, 4>(i, seen, &mut running[i..i + 4]);
+                        self.step::<S, 4>(i, seen, &mut running[i..i + 4]);
                         i += 4;
                     } else {
-                        self.block::<S, 1>(i, [seen(i)], &mut running[i..=i]);
+                        self.step::<S, 1>(i, [seen(i)], &mut running[i..=i]);
                         i += 1;
                     }
                 }
@@ -311,22 +318,24 @@ impl Work<'_> {
         }
     }
 
-    /// Brings `count` tokens of a block to float32.
+    /// Brings `count` tokens from `start` on to float32.
     #[inline(always)]
-    unsafe fn fetch<S: Simd>(&self, block: usize, count: usize) {
+    unsafe fn fetch<S: Simd>(&self, start: usize, count: usize) {
         let key = self.task.key;
         // SAFETY: the caller's: the context has these tokens.
         unsafe {
             match self.task.context {
                 Context::Latent(pages) => {
+                    let first = start % BLOCK_TOKENS;
                     for s in 0..count {
                         let to = self.keys.add(s * self.key);
-                        match pages[block] {
+                        let entry = (first + s) * key..(first + s + 1) * key;
+                        match pages[start / BLOCK_TOKENS] {
                             Page::F32(page) => {
-                                to.copy_from_nonoverlapping(page[s * key..][..key].as_ptr(), key);
+                                to.copy_from_nonoverlapping(page[entry].as_ptr(), key);
                             }
                             Page::Bf16(page) => {
-                                let (whole, rest) = page[s * key..][..key].as_chunks::<LANES>();
+                                let (whole, rest) = page[entry].as_chunks::<LANES>();
                                 for (i, chunk) in whole.iter().enumerate() {
                                     S::store(to.add(i * LANES), S::bf16(chunk.as_ptr()));
                                 }
@@ -340,7 +349,7 @@ impl Work<'_> {
                 Context::Expanded { kv, rope, first } => {
                     let (nope, value) = (key - rope.cols, self.task.value);
                     for s in 0..count {
-                        let token = first + block * BLOCK_TOKENS + s;
+                        let token = first + start + s;
                         let (kv, rope) = (kv.row(token), rope.row(token));
                         let to = self.keys.add(s * self.key);
                         to.copy_from_nonoverlapping(kv.as_ptr(), nope);
@@ -354,16 +363,16 @@ impl Work<'_> {
         }
     }
 
-    /// One block for items `i..i + N`, each of which sees `seen` tokens of it.
+    /// One step for items `i..i + N`, each of which sees `seen` tokens of it.
     #[inline(always)]
-    unsafe fn block<S: Simd, const N: usize>(
+    unsafe fn step<S: Simd, const N: usize>(
         &self,
         i: usize,
         seen: [usize; N],
         running: &mut [Running],
     ) {
         let most = seen.into_iter().max().unwrap_or(0);
-        // SAFETY: the caller's; `most` tokens are fetched, and rows of the scratch go up to 64.
+        // SAFETY: the caller's; `most` tokens are fetched, and rows of the scratch go up to `TOKENS`.
         unsafe {
             for s in (0..most).step_by(4) {
                 self.scores::<S, N>(i, s);
@@ -388,7 +397,7 @@ impl Work<'_> {
     /// Scores of `N` items with four tokens.
     #[inline(always)]
     unsafe fn scores<S: Simd, const N: usize>(&self, i: usize, s: usize) {
-        // SAFETY: as for `block`.
+        // SAFETY: as for `step`.
         unsafe {
             let mut sums = [[S::splat(0.0); 4]; N];
             for k in (0..self.key).step_by(LANES) {
@@ -405,7 +414,7 @@ impl Work<'_> {
             }
             for n in 0..N {
                 let four = S::sum4(sums[n]).map(|score| score * self.task.scale);
-                let to = self.scores.add((i + n) * BLOCK_TOKENS + s);
+                let to = self.scores.add((i + n) * TOKENS + s);
                 to.copy_from_nonoverlapping(four.as_ptr(), 4);
             }
         }
@@ -414,10 +423,10 @@ impl Work<'_> {
     /// Turns an item's scores into weights under the new maximum.
     #[inline(always)]
     unsafe fn softmax<S: Simd>(&self, i: usize, seen: usize, old: Running) -> Running {
-        // SAFETY: as for `block`.
+        // SAFETY: as for `step`.
         unsafe {
-            let scores = self.scores.add(i * BLOCK_TOKENS);
-            for s in seen..BLOCK_TOKENS {
+            let scores = self.scores.add(i * TOKENS);
+            for s in seen..TOKENS {
                 *scores.add(s) = if seen == 0 { 0.0 } else { f32::NEG_INFINITY };
             }
             if seen == 0 {
@@ -426,25 +435,16 @@ impl Work<'_> {
                     ..old
                 };
             }
-            let mut weights = [S::splat(0.0); 4];
-            for j in 0..4 {
-                weights[j] = S::load(scores.add(j * LANES));
-            }
-            let most = S::max(
-                S::max(weights[0], weights[1]),
-                S::max(weights[2], weights[3]),
-            );
+            let mut weights = [S::load(scores), S::load(scores.add(LANES))];
+            let most = S::max(weights[0], weights[1]);
             let mut lanes = [old.max; LANES];
             S::store(lanes.as_mut_ptr(), S::max(most, S::splat(old.max)));
             let max = lanes.into_iter().fold(old.max, f32::max);
-            for j in 0..4 {
+            for j in 0..2 {
                 weights[j] = S::exp(S::sub(weights[j], S::splat(max)));
                 S::store(scores.add(j * LANES), weights[j]);
             }
-            let sum = S::sum(S::add(
-                S::add(weights[0], weights[1]),
-                S::add(weights[2], weights[3]),
-            ));
+            let sum = S::sum(S::add(weights[0], weights[1]));
             let rescale = S::exp(S::splat(old.max - max));
             S::store(lanes.as_mut_ptr(), rescale);
             Running {
@@ -464,7 +464,7 @@ impl Work<'_> {
         count: usize,
         rescale: [f32; N],
     ) {
-        // SAFETY: as for `block`.
+        // SAFETY: as for `step`.
         unsafe {
             let at = |n: usize, c: usize| self.sums.add((i + n) * self.value + column + c * LANES);
             let mut sums = [[S::splat(0.0); C]; N];
@@ -480,7 +480,7 @@ impl Work<'_> {
                     values[c] = S::load(row.add(c * LANES));
                 }
                 for n in 0..N {
-                    let weight = S::splat(*self.scores.add((i + n) * BLOCK_TOKENS + s));
+                    let weight = S::splat(*self.scores.add((i + n) * TOKENS + s));
                     for c in 0..C {
                         sums[n][c] = S::fma(weight, values[c], sums[n][c]);
                     }

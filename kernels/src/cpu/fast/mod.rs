@@ -7,13 +7,13 @@
 )]
 
 mod attention;
+mod gate;
 mod packed;
 mod product;
 mod rows;
 
 pub(super) use attention::{attend_absorbed, attend_expanded};
+pub(super) use gate::gate;
 pub(super) use packed::{CHUNK, Packed};
 pub(super) use product::{Part, Row, products};
-pub(super) use rows::{
-    add_norm, combine, gate, norm, norm_row, quantise, quantise_row, rope, swiglu,
-};
+pub(super) use rows::{add_norm, combine, norm, norm_row, quantise, quantise_row, rope, swiglu};

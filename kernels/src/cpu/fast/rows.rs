@@ -1,6 +1,6 @@
 //! Operations on single rows, in vectors and, where there are many rows, on all threads.
 
-use crate::backend::{GateShape, ScaleFormat};
+use crate::backend::ScaleFormat;
 use crate::cpu::pool::{Pool, Split};
 use crate::cpu::reference;
 use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
@@ -14,7 +14,7 @@ const ALONE: usize = 1 << 14;
 const STEP: usize = 8;
 
 /// Runs `task` for every row, `cost` values each.
-fn each_row(pool: &mut Pool, rows: usize, cost: usize, task: &(dyn Fn(usize) + Sync)) {
+pub(super) fn each_row(pool: &mut Pool, rows: usize, cost: usize, task: &(dyn Fn(usize) + Sync)) {
     pool.run(rows.div_ceil(STEP), rows * cost < ALONE, &|i| {
         (i * STEP..rows.min((i + 1) * STEP)).for_each(task);
     });
@@ -22,7 +22,7 @@ fn each_row(pool: &mut Pool, rows: usize, cost: usize, task: &(dyn Fn(usize) + S
 
 /// The vectors of a row of `len` values: where each begins, and how many values it has.
 #[inline(always)]
-fn vectors(len: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn vectors(len: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..len)
         .step_by(LANES)
         .map(move |i| (i, LANES.min(len - i)))
@@ -222,88 +222,6 @@ pub(in crate::cpu) fn quantise_row(
     for ((x, out), scale) in blocks.zip(scales) {
         // SAFETY: the kernel checks its slices.
         *scale = unsafe { isa.run(Quantise { x, format, out }) };
-    }
-}
-
-/// `sigmoid(x W^T)` of one row.
-struct Scores<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl Kernel for Scores<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let (len, count) = (self.x.len(), self.out.len());
-        assert!(self.weight.len() == len * count);
-        let (x, weight) = (self.x.as_ptr(), self.weight.as_ptr());
-        let out = self.out.as_mut_ptr();
-        // SAFETY: the slices have these sizes (assert above).
-        unsafe {
-            for e in (0..count).step_by(4) {
-                // The last experts again where four do not fit, so that all sums are made alike.
-                let rows: [usize; 4] = std::array::from_fn(|j| (e + j).min(count - 1));
-                let mut sums = [S::splat(0.0); 4];
-                let whole = len / LANES * LANES;
-                for i in (0..whole).step_by(LANES) {
-                    let x = S::load(x.add(i));
-                    for j in 0..4 {
-                        sums[j] = S::fma(x, S::load(weight.add(rows[j] * len + i)), sums[j]);
-                    }
-                }
-                let x = S::load_first(x.add(whole), len - whole);
-                for j in 0..4 {
-                    let w = S::load_first(weight.add(rows[j] * len + whole), len - whole);
-                    sums[j] = S::fma(x, w, sums[j]);
-                }
-                for (row, z) in rows.into_iter().zip(S::sum4(sums)) {
-                    *out.add(row) = z;
-                }
-            }
-            for (i, n) in vectors(count) {
-                let exp = S::exp(S::sub(S::splat(0.0), S::load_first(out.add(i), n)));
-                let sigmoid = S::div(S::splat(1.0), S::add(S::splat(1.0), exp));
-                S::store_first(out.add(i), n, sigmoid);
-            }
-        }
-    }
-}
-
-/// The gate: scores in vectors, choices as the reference makes them.
-pub(in crate::cpu) fn gate(
-    pool: &mut Pool,
-    isa: Isa,
-    x: Rows<'_>,
-    weight: &[f32],
-    bias: &[f32],
-    shape: &GateShape,
-    experts: &mut [i32],
-    weights: &mut [f32],
-    counts: &mut [i32],
-) {
-    let top_k = shape.top_k;
-    let rows = experts.len() / top_k;
-    let (all_experts, all_weights) = (Split::new(experts), Split::new(weights));
-    each_row(pool, rows, x.cols * shape.experts / 8, &|t| {
-        let mut scores = vec![0.0; shape.experts];
-        let out = &mut scores[..];
-        let x = x.row(t);
-        // SAFETY: the kernel checks its slices; one task has row `t`.
-        let (experts, weights) = unsafe {
-            isa.run(Scores { x, weight, out });
-            (
-                all_experts.part(t * top_k, top_k),
-                all_weights.part(t * top_k, top_k),
-            )
-        };
-        reference::choose(&scores, bias, shape, experts, weights);
-    });
-    // SAFETY: the region above has ended.
-    for e in unsafe { all_experts.part(0, rows * top_k) } {
-        counts[*e as usize] += 1;
     }
 }
 

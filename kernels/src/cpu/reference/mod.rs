@@ -8,7 +8,9 @@ mod rows;
 
 pub(super) use attention::{attend_absorbed, attend_expanded, cache_read, cache_write};
 pub(super) use linear::matmul;
-pub(super) use moe::{choose, combine, dispatch, gate};
+#[cfg(test)]
+pub(super) use moe::choose;
+pub(super) use moe::{combine, dispatch, gate};
 pub(super) use rows::{
     add_norm, argmax, concat, copy_rows, norm, norm_row, quantise, quantise_row, rope, swiglu,
 };

@@ -71,7 +71,8 @@ pub(in crate::cpu) fn choose(
     }
     for (group, kept) in choice.chunks_exact_mut(size).zip(kept) {
         if !kept {
-            group.fill(f32::NEG_INFINITY);
+            // Below every value, -inf included: these cannot be found any more.
+            group.fill(f32::NAN);
         }
     }
     for (expert, weight) in experts.iter_mut().zip(weights.iter_mut()) {
