@@ -71,12 +71,15 @@ fn main() -> Result<()> {
         ),
     ];
     let mut times = vec![Vec::new(); variants.len()];
+    let mut work = vec![Duration::ZERO; variants.len()];
     for round in 0..=rounds {
-        for ((_, run), times) in variants.iter().zip(&mut times) {
+        for (i, (_, run)) in variants.iter().enumerate() {
+            let before = computed()?;
             let took = run()?;
             // The first round warms both ends up.
             if round > 0 {
-                times.push(took);
+                times[i].push(took);
+                work[i] += computed()?.saturating_sub(before);
             }
         }
     }
@@ -90,7 +93,8 @@ fn main() -> Result<()> {
         "{:.0} MiB a run, median of {rounds} interleaved rounds",
         bytes / 1_048_576.0
     );
-    for ((name, _), these) in variants.iter().zip(&times) {
+    for (i, (name, _)) in variants.iter().enumerate() {
+        let these = &times[i];
         let mut ratios: Vec<f64> = these
             .iter()
             .zip(&times[0])
@@ -99,13 +103,23 @@ fn main() -> Result<()> {
         ratios.sort_unstable_by(f64::total_cmp);
         let (low, high) = (ratios[0], ratios[ratios.len() - 1]);
         println!(
-            "{:<50} {:5.2} GB/s  ratio {:.2} (rounds {low:.2} to {high:.2})",
-            name,
+            "{name:<50} {:5.2} GB/s  ratio {:.2} ({low:.2} to {high:.2})  {:.3} CPU s/GB",
             bytes / median(these) / 1e9,
             ratios[ratios.len() / 2],
+            work[i].as_secs_f64() / (bytes * these.len() as f64) * 1e9,
         );
     }
     Ok(())
+}
+
+/// Processor time of all threads of this process so far: both ends, the system's part included.
+fn computed() -> Result<Duration> {
+    let mut nanos = 0;
+    for task in std::fs::read_dir("/proc/self/task")? {
+        let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        nanos += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(nanos))
 }
 
 /// A cache whose every page was written.

@@ -5,6 +5,7 @@ mod drain;
 mod failures;
 mod hand_off;
 mod limits;
+mod real;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -73,15 +74,37 @@ impl Node {
         address: SocketAddr,
         kv: SocketAddr,
     ) -> Self {
+        let runtime = runtime();
         let scripted = Scripted::new(&ToyConfig::default(), options, STEP, true);
-        let engine: Arc<dyn Engine> = scripted.engine;
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        let inside = runtime.enter();
         runtime.spawn(scripted.stepper.run());
+        Self::over(
+            scripted.engine,
+            scripted.violations,
+            runtime,
+            role,
+            incarnation,
+            address,
+            kv,
+        )
+    }
+
+    /// A worker whose engine has a thread of its own.
+    fn start_real(role: Role, incarnation: &str, engine: Arc<dyn Engine>) -> Self {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let (_, none) = mpsc::unbounded_channel();
+        Self::over(engine, none, runtime(), role, incarnation, any, any)
+    }
+
+    fn over(
+        engine: Arc<dyn Engine>,
+        violations: mpsc::UnboundedReceiver<String>,
+        runtime: Runtime,
+        role: Role,
+        incarnation: &str,
+        address: SocketAddr,
+        kv: SocketAddr,
+    ) -> Self {
+        let inside = runtime.enter();
         let grpc = listen(address);
         let kv = listen(kv);
         let (address, kv_address) = (grpc.local_addr().unwrap(), kv.local_addr().unwrap());
@@ -118,7 +141,7 @@ impl Node {
             address,
             kv: kv_address,
             engine,
-            violations: scripted.violations,
+            violations,
             metrics,
             stop,
             serving,
@@ -188,6 +211,14 @@ impl Node {
             .unwrap();
         ended.unwrap().unwrap()
     }
+}
+
+fn runtime() -> Runtime {
+    Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 /// To be called inside the runtime that will serve it.
