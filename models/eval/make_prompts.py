@@ -1,0 +1,49 @@
+"""Writes the 1,000 held-out prompts: `python make_prompts.py > prompts.jsonl`.
+
+One JSON object a line: `id`, `kind`, `thinking`, `messages` (and `tools`) as in an OpenAI request, and what must come
+back: `content`, or `calls` ([[name, arguments], ...]). Training never saw any of these prompts: see `is_held_out`.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+from sample import Sample, messages
+from tasks import mix, needle
+
+COUNT = 1000
+# Texts of at least 4,096 tokens to search, and how long they are at most.
+LONG, LONGEST = 24, 7500
+
+
+def prompt(rng: random.Random, sample: Sample) -> dict:
+    """The conversation up to its last answer, which is what is asked for."""
+    last, talk = sample.turns[-1], messages(sample)
+    out = {"kind": sample.kind, "thinking": sample.thinking}
+    if last.calls and rng.random() < 0.5:
+        out["messages"] = talk[: -2 - len(last.outputs)]
+        out["calls"] = [[name, arguments] for name, arguments in last.calls]
+        out["kind"] = "tool_call"
+    else:
+        out["messages"], out["content"] = talk[:-1], talk[-1]["content"]
+        if last.calls:
+            # After a tool's output the template leaves no choice of mode.
+            out |= {"kind": "tool_answer", "thinking": False}
+    return out | ({"tools": sample.tools} if sample.tools else {})
+
+
+def main() -> None:
+    rng = random.Random(20261122)
+    samples = [mix.draw(rng, True, mix.KINDS[i % len(mix.KINDS)]) for i in range(COUNT - LONG)]
+    for _ in range(LONG):
+        sample = needle.find(rng, rng.randint(4600, LONGEST), 6, 1)
+        sample.kind = "long_needle"
+        samples.append(sample)
+    for number, sample in enumerate(samples):
+        print(json.dumps({"id": number} | prompt(rng, sample), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Scores the checkpoint in Hugging Face transformers (CPU, FP8 blocks widened on load) on the held-out prompts.
+
+    python score_hf.py [--model ../demo] [--dtype bfloat16] [--limit 100]
+
+transformers before 5.20 wrote 0.0 over dropped expert groups; the checkpoint's gate biases are all positive, so that
+no selected score can lie below that and the choice is the same.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from jinja2 import Environment
+from tokenizers import Tokenizer
+
+import grading
+from hf import load_hf
+
+HERE = Path(__file__).parent
+
+
+class Prompter:
+    """Conversation -> token ids, by the checkpoint's own chat template and tokenizer."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        environment = Environment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        self.template = environment.from_string(config["chat_template"])
+        self.bos = config["bos_token"]["content"]
+
+    def text(self, prompt: dict) -> str:
+        return self.template.render(
+            messages=prompt["messages"], tools=prompt.get("tools"), thinking=prompt["thinking"],
+            add_generation_prompt=True, bos_token=self.bos,
+        )
+
+    def ids(self, prompt: dict) -> list[int]:
+        return self.tokenizer.encode(self.text(prompt), add_special_tokens=False).ids
+
+
+@torch.inference_mode()
+def generate(model, prompts: list[list[int]], limit: int, end: int) -> list[list[int]]:
+    """Greedy continuation of each prompt, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, temperature=None, top_p=None, eos_token_id=end, pad_token_id=end
+    )
+    return out[:, width:].tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=HERE.parent / "demo")
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    parser.add_argument("--limit", type=int, help="about this many prompts, spread over all kinds")
+    parser.add_argument("--batch-tokens", type=int, default=12000)
+    parser.add_argument("--max-tokens", type=int, default=800)
+    parser.add_argument("--show-wrong", action="store_true")
+    args = parser.parse_args()
+    prompter = Prompter(args.model)
+    model = load_hf(args.model, getattr(torch, args.dtype))
+    prompts = grading.read_prompts(args.prompts, args.limit)
+    encoded = [prompter.ids(prompt) for prompt in prompts]
+    # Prompts of one length together, so that little is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    results, at, start = [], 0, time.time()
+    while at < len(order):
+        size = max(1, min(64, args.batch_tokens // len(encoded[order[min(at + 63, len(order) - 1)]])))
+        batch = order[at : at + size]
+        at += size
+        for i, ids in zip(batch, generate(model, [encoded[i] for i in batch], args.max_tokens, 1)):
+            ids = ids[: ids.index(1)] if 1 in ids else ids
+            text = prompter.tokenizer.decode(ids, skip_special_tokens=False)
+            right = grading.is_right(prompts[i], *grading.split(text, prompts[i]["thinking"]))
+            results.append((prompts[i], right))
+            if args.show_wrong and not right:
+                print(json.dumps({"id": prompts[i]["id"], "kind": prompts[i]["kind"], "got": text}, ensure_ascii=False))
+    print(grading.table(results))
+    print(f"transformers, {args.dtype}, {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

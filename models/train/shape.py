@@ -1,0 +1,65 @@
+"""The shape of the demo network: one `config.json`, in the released checkpoint's own words.
+
+Every other file reads its sizes from `CONFIG`, so a change here changes the whole run.
+"""
+
+# Rows of the embedding. The tokenizer has a few tokens fewer, as in the released checkpoint.
+VOCAB_SIZE = 1024
+
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 768,
+    "kv_lora_rank": 128,
+    "max_position_embeddings": 16384,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 64,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 2048,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 32,
+    "vocab_size": VOCAB_SIZE,
+}

@@ -1,0 +1,1 @@
+"""What the demo network learns. Each task makes a question and its only right answer from a random generator."""
