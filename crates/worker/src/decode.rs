@@ -161,11 +161,11 @@ impl Generate {
         let limits = self.shared.engine.limits();
         let job = convert::job(sequence, phase, &self.context, &limits)?;
         let submitted = Instant::now();
-        let running = self.shared.engine.submit(job);
+        let running = self.shared.submit(job);
         let Running {
             mut events,
             guard: _guard,
-        } = running.map_err(|refused| outcome.failed(status::refused(&refused)))?;
+        } = running.map_err(|status| outcome.failed(status))?;
         loop {
             let event = events
                 .recv()

@@ -60,7 +60,7 @@ impl Prefill for PrefillService {
                 "target.first_block lies behind the prompt",
             ));
         }
-        let running = shared.engine.submit(job).map_err(|e| status::refused(&e))?;
+        let running = shared.submit(job)?;
         let calls = shared.calls.clone();
         let deadline = context.deadline;
         let answers = rpc::answers(&calls, span, deadline, move |answers| {

@@ -59,6 +59,9 @@ pub enum Error {
     /// The reflection service could not be made.
     #[error("making the reflection service: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
+    /// The engine does not work any more.
+    #[error("the engine is broken: {0}")]
+    Engine(String),
     /// A listener broke.
     #[error("serving: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -171,7 +174,9 @@ where
     if let Ok(result) = tokio::time::timeout(CLOSE, servers).await {
         result?;
     }
-    Ok(ended)
+    shared
+        .broken()
+        .map_or(Ok(ended), |why| Err(Error::Engine(why)))
 }
 
 /// What has to happen once in a while.

@@ -1,13 +1,15 @@
 //! What all services of a worker share.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use engine::api::Engine;
+use engine::api::{Engine, Job, Refused, Running};
 use kv::{BlockId, Pool, Reservation};
 use telemetry::{health::Health, metrics::Metrics};
+use tokio::time::Instant;
+use tonic::Status;
 use transfer::{Channels, Dial, Geometry, Receiver, Reserved, Settings, Sums};
 
-use crate::{Config, drain::Signal, metrics::WorkerMetrics, rpc::Calls};
+use crate::{Config, drain::Signal, metrics::WorkerMetrics, rpc::Calls, status};
 
 /// What comes from outside: the same code runs over TCP and in a simulator.
 pub struct Outside {
@@ -63,6 +65,8 @@ pub(crate) struct Shared {
     /// Calls about sequences that run now.
     pub(crate) calls: Calls,
     pub(crate) drain: Signal,
+    /// Why the engine does not work any more.
+    broken: OnceLock<String>,
 }
 
 impl Shared {
@@ -91,7 +95,27 @@ impl Shared {
             health,
             calls,
             drain,
+            broken: OnceLock::new(),
         })
+    }
+}
+
+impl Shared {
+    /// Queues a sequence. Where the engine does not work any more, the process leaves at once: whoever started it starts
+    /// another.
+    pub(crate) fn submit(&self, job: Job) -> Result<Running, Status> {
+        self.engine.submit(job).map_err(|refused| {
+            if let Refused::Broken(why) = &refused {
+                self.broken.get_or_init(|| why.clone());
+                self.drain.begin(Instant::now());
+            }
+            status::refused(&refused)
+        })
+    }
+
+    /// Why the engine does not work any more, if that is so.
+    pub(crate) fn broken(&self) -> Option<String> {
+        self.broken.get().cloned()
     }
 }
 

@@ -238,3 +238,29 @@ async fn a_lease_is_only_good_for_its_own_tokens() {
     prefill.stop().await;
     decode.stop().await;
 }
+
+#[tokio::test]
+async fn a_worker_whose_engine_died_leaves_and_says_so() {
+    let mut node = Node::start(Role::Combined, "c");
+    node.stepper.take().unwrap().abort();
+    let prompt = prompt(10, 20);
+    // The engine's end is noticed by whoever asks next.
+    let refused = loop {
+        let mut asked = sequence("r", &prompt, &[], 5);
+        asked.deadline_ms = 100;
+        let Ok(stream) = generate(&node, asked, None).await else {
+            break None;
+        };
+        match finish_generate(stream, 0).await {
+            Err(status) if status.code() == Code::Unavailable => break Some(status),
+            Err(_) => {}
+            Ok(_) => panic!("an answer from a dead engine"),
+        }
+    };
+    assert!(refused.is_none_or(|status| status.message().contains("broken")));
+    let ended = tokio::time::timeout(PATIENCE, &mut node.serving)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(matches!(ended, Err(Error::Engine(_))), "{ended:?}");
+}

@@ -22,7 +22,7 @@ use tokio::{
     net::TcpListener,
     runtime::{Builder, Runtime},
     sync::mpsc,
-    task::JoinHandle,
+    task::{AbortHandle, JoinHandle},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{
@@ -46,6 +46,8 @@ struct Node {
     stop: CancellationToken,
     serving: JoinHandle<Result<Ended, Error>>,
     runtime: Option<Runtime>,
+    /// Of a scripted engine.
+    stepper: Option<AbortHandle>,
 }
 
 impl Drop for Node {
@@ -76,8 +78,8 @@ impl Node {
     ) -> Self {
         let runtime = runtime();
         let scripted = Scripted::new(&ToyConfig::default(), options, STEP, true);
-        runtime.spawn(scripted.stepper.run());
-        Self::over(
+        let stepper = runtime.spawn(scripted.stepper.run());
+        let mut node = Self::over(
             scripted.engine,
             scripted.violations,
             runtime,
@@ -85,7 +87,9 @@ impl Node {
             incarnation,
             address,
             kv,
-        )
+        );
+        node.stepper = Some(stepper.abort_handle());
+        node
     }
 
     /// A worker whose engine has a thread of its own.
@@ -146,6 +150,7 @@ impl Node {
             stop,
             serving,
             runtime: Some(runtime),
+            stepper: None,
         }
     }
 
