@@ -30,6 +30,9 @@ pub trait Engine: Send + Sync + 'static {
     fn counters(&self) -> Counters;
     /// Tokens that each logical expert has computed so far.
     fn experts(&self) -> Arc<ExpertLoad>;
+    /// Why it does not work any more and takes nothing: its thread ended, or its books of blocks are wrong. The process
+    /// should be replaced.
+    fn broken(&self) -> Option<String>;
     /// Takes nothing new from now on; what has not ended by `deadline` ends in [`Error::Draining`].
     fn drain(&self, deadline: Instant);
 }

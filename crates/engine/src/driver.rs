@@ -313,6 +313,10 @@ impl Engine for Handle {
         Arc::clone(&self.experts)
     }
 
+    fn broken(&self) -> Option<String> {
+        self.inbox.lock().broken.clone()
+    }
+
     fn drain(&self, deadline: Instant) {
         self.inbox.lock().drain = Some(deadline);
         (self.wake)();

@@ -65,6 +65,9 @@ pub enum Error {
     /// A listener broke.
     #[error("serving: {0}")]
     Transport(#[from] tonic::transport::Error),
+    /// The engine does not work any more: the process has to be replaced.
+    #[error("the engine is broken: {0}")]
+    Engine(String),
 }
 
 fn server() -> Server {
@@ -166,7 +169,7 @@ where
             Ended::GaveUp { calls: shared.calls.len() }
         }
         () = asked => unreachable!("it never ends"),
-        () = sweep(&shared) => unreachable!("it never ends"),
+        broken = sweep(&shared) => return Err(Error::Engine(broken)),
     };
     drop(leave);
     closing.cancel();
@@ -179,13 +182,16 @@ where
         .map_or(Ok(ended), |why| Err(Error::Engine(why)))
 }
 
-/// What has to happen once in a while.
-async fn sweep(shared: &Shared) {
+/// What has to happen once in a while; ends with the reason when the engine is broken.
+async fn sweep(shared: &Shared) -> String {
     loop {
         tokio::time::sleep(SWEEP).await;
         shared.receiver.sweep();
         shared
             .metrics
             .refresh(&*shared.engine, shared.receiver.leases());
+        if let Some(broken) = shared.engine.broken() {
+            return broken;
+        }
     }
 }

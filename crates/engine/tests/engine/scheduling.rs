@@ -324,6 +324,19 @@ fn kv_that_gave_impossible_logits_is_not_found_again() {
 }
 
 #[test]
+fn an_engine_whose_driver_is_gone_says_so_and_takes_nothing() {
+    let rig = Rig::with_blocks(8);
+    let mut story = rig.submit(job(prompt(1, 30), 100));
+    assert_eq!(rig.engine.broken(), None);
+    drop(rig.driver);
+    story.read();
+    assert!(story.running.unwrap().events.is_closed());
+    assert!(rig.engine.broken().is_some());
+    let refused = rig.engine.submit(job(prompt(1, 30), 100));
+    assert!(matches!(refused, Err(Refused::Broken(_))));
+}
+
+#[test]
 fn dropping_the_last_handle_ends_everything() {
     let mut rig = Rig::with_blocks(8);
     let mut story = rig.submit(job(prompt(1, 30), 100));
