@@ -65,9 +65,6 @@ pub enum Error {
     /// A listener broke.
     #[error("serving: {0}")]
     Transport(#[from] tonic::transport::Error),
-    /// The engine does not work any more: the process has to be replaced.
-    #[error("the engine is broken: {0}")]
-    Engine(String),
 }
 
 fn server() -> Server {
@@ -169,7 +166,7 @@ where
             Ended::GaveUp { calls: shared.calls.len() }
         }
         () = asked => unreachable!("it never ends"),
-        broken = sweep(&shared) => return Err(Error::Engine(broken)),
+        () = sweep(&shared) => unreachable!("it never ends"),
     };
     drop(leave);
     closing.cancel();
@@ -178,20 +175,19 @@ where
         result?;
     }
     shared
+        .engine
         .broken()
         .map_or(Ok(ended), |why| Err(Error::Engine(why)))
 }
 
-/// What has to happen once in a while; ends with the reason when the engine is broken.
-async fn sweep(shared: &Shared) -> String {
+/// What has to happen once in a while.
+async fn sweep(shared: &Shared) {
     loop {
         tokio::time::sleep(SWEEP).await;
         shared.receiver.sweep();
         shared
             .metrics
             .refresh(&*shared.engine, shared.receiver.leases());
-        if let Some(broken) = shared.engine.broken() {
-            return broken;
-        }
+        shared.leave_if_broken();
     }
 }

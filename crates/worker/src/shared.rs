@@ -1,8 +1,8 @@
 //! What all services of a worker share.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use engine::api::{Engine, Job, Refused, Running};
+use engine::api::{Engine, Job, Running};
 use kv::{BlockId, Pool, Reservation};
 use telemetry::{health::Health, metrics::Metrics};
 use tokio::time::Instant;
@@ -65,8 +65,6 @@ pub(crate) struct Shared {
     /// Calls about sequences that run now.
     pub(crate) calls: Calls,
     pub(crate) drain: Signal,
-    /// Why the engine does not work any more.
-    broken: OnceLock<String>,
 }
 
 impl Shared {
@@ -95,27 +93,24 @@ impl Shared {
             health,
             calls,
             drain,
-            broken: OnceLock::new(),
         })
     }
 }
 
 impl Shared {
-    /// Queues a sequence. Where the engine does not work any more, the process leaves at once: whoever started it starts
-    /// another.
+    /// Queues a sequence.
     pub(crate) fn submit(&self, job: Job) -> Result<Running, Status> {
         self.engine.submit(job).map_err(|refused| {
-            if let Refused::Broken(why) = &refused {
-                self.broken.get_or_init(|| why.clone());
-                self.drain.begin(Instant::now());
-            }
+            self.leave_if_broken();
             status::refused(&refused)
         })
     }
 
-    /// Why the engine does not work any more, if that is so.
-    pub(crate) fn broken(&self) -> Option<String> {
-        self.broken.get().cloned()
+    /// Where the engine does not work any more, the process leaves at once: whoever started it starts another.
+    pub(crate) fn leave_if_broken(&self) {
+        if self.engine.broken().is_some() {
+            self.drain.begin(Instant::now());
+        }
     }
 }
 
