@@ -8,6 +8,8 @@
 //     others' products.
 // KS > 1 cuts K over a cluster of KS CTAs; their partial sums meet through distributed shared memory, always added in rank
 // order, so the bits do not depend on timing. KS = 1 runs a persistent grid that walks the tiles.
+// MC = 2 pairs the CTAs of two neighbouring weight tiles: each fetches half of their common tokens and multicasts it, since with
+// many tokens it is the way from L2 (5.5 to 5.9 TB/s seen) that bounds the kernel.
 // GROUPED: one weight matrix per group. Contiguous: tokens of group g are rows starts[g] .. starts[g + 1], without padding.
 // Masked: counts[g] rows from g * group_stride. The arrays live on the device: a graph replays with new counts.
 #include "wgmma.cuh"
@@ -57,55 +59,101 @@ struct Walk {
     }
 };
 
-// One warpgroup's share of a tile: acc[t] over k-blocks [k0, k1).
-template <int N, u32 STAGES, bool GROUPED>
+// Adds a block's product to the sums with its scales, then gives the ring's stage back.
+template <int N, bool GROUPED, u32 MC>
+DEVICE void promote(float (&acc)[N / 2], const float (&part)[N / 2], float weight_scale, u32 scales, u32 empty, u32 rank) {
+    u32 lane = threadIdx.x & 31, scale = scales + (lane & 3) * 8;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+        float2 x;
+        if (GROUPED) {  // rows start anywhere, so a pair may straddle 8 bytes
+            x.x = load_shared_float(scale + 32 * j);
+            x.y = load_shared_float(scale + 32 * j + 4);
+        } else {
+            x = load_shared_float2(scale + 32 * j);
+        }
+        x.x *= weight_scale;
+        x.y *= weight_scale;
+        acc[4 * j] += part[4 * j] * x.x;
+        acc[4 * j + 1] += part[4 * j + 1] * x.y;
+        acc[4 * j + 2] += part[4 * j + 2] * x.x;
+        acc[4 * j + 3] += part[4 * j + 3] * x.y;
+    }
+    __syncwarp();
+    if (lane == 0) mbar_arrive(empty);
+    if (MC == 2 && lane == 1) mbar_arrive_at(empty, rank ^ 1);  // it writes here too
+}
+
+template <int N>
+DEVICE void start_block(float (&part)[N / 2], u32 a, u32 b) {
+    pin(part);
+    wgmma_fence();
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) Fp8<N>::mma(part, k_major(a) + 2 * k, k_major(b) + 2 * k, k);
+    wgmma_commit();
+}
+
+// One warpgroup's share of a tile: acc[t] over k-blocks [k0, k1). TWO: two blocks are in flight, so that the additions
+// of one hide behind the product of the next; where the registers do not suffice for that, the other warpgroup helps.
+template <int N, u32 STAGES, bool GROUPED, bool TWO, u32 MC>
 DEVICE void multiply(float (&acc)[N / 2], u32 k0, u32 k1, const float* w_scale, u32 ring, u32 stage_bytes, u32 w_offset,
-                     u32 x_offset, u32 scales, u32 scale_bytes, u32 full, u32 empty, u32& step) {
-    u32 lane = threadIdx.x & 31;
+                     u32 x_offset, u32 scales, u32 scale_bytes, u32 full, u32 empty, u32& step, u32 rank) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-    float weight_scale = __ldg(w_scale + k0);
-    for (u32 kb = k0; kb < k1; ++kb, ++step) {
-        u32 s = step % STAGES;
-        float next_scale = kb + 1 < k1 ? __ldg(w_scale + kb + 1) : 0.0f;
-        mbar_wait(full + 8 * s, step / STAGES & 1);
-        float part[N / 2];
-        u64 a = k_major(ring + s * stage_bytes + w_offset), b = k_major(ring + s * stage_bytes + x_offset);
+    auto start = [&](float (&part)[N / 2], u32 at) {
+        u32 s = at % STAGES;
+        mbar_wait(full + 8 * s, at / STAGES & 1);
+        start_block<N>(part, ring + s * stage_bytes + w_offset, ring + s * stage_bytes + x_offset);
+    };
+    auto finish = [&](float (&part)[N / 2], u32 at, float weight_scale) {
+        u32 s = at % STAGES;
         pin(part);
-        wgmma_fence();
-#pragma unroll
-        for (u32 k = 0; k < 4; ++k) Fp8<N>::mma(part, a + 2 * k, b + 2 * k, k);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(part);
-        u32 scale = scales + s * scale_bytes + (lane & 3) * 8;
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-            float2 x;
-            if (GROUPED) {  // rows start anywhere, so a pair may straddle 8 bytes
-                x.x = load_shared_float(scale + 32 * j);
-                x.y = load_shared_float(scale + 32 * j + 4);
-            } else {
-                x = load_shared_float2(scale + 32 * j);
-            }
-            x.x *= weight_scale;
-            x.y *= weight_scale;
-            acc[4 * j] += part[4 * j] * x.x;
-            acc[4 * j + 1] += part[4 * j + 1] * x.y;
-            acc[4 * j + 2] += part[4 * j + 2] * x.x;
-            acc[4 * j + 3] += part[4 * j + 3] * x.y;
+        promote<N, GROUPED, MC>(acc, part, weight_scale, scales + s * scale_bytes, empty + 8 * s, rank);
+    };
+    u32 blocks = __shfl_sync(0xffffffff, k1 - k0, 0);  // uniform, and known to be
+    const float* w = w_scale + k0;
+    if constexpr (TWO) {
+        float even[N / 2], odd[N / 2];
+        start(even, step);
+        u32 i = 0;
+        for (; i + 2 < blocks; i += 2) {
+            float first = __ldg(w + i), second = __ldg(w + i + 1);
+            start(odd, step + i + 1);
+            wgmma_wait<1>();
+            finish(even, step + i, first);
+            start(even, step + i + 2);
+            wgmma_wait<1>();
+            finish(odd, step + i + 1, second);
         }
-        __syncwarp();
-        if (lane == 0) mbar_arrive(empty + 8 * s);
-        weight_scale = next_scale;
+        if (i + 2 == blocks) {
+            float first = __ldg(w + i), second = __ldg(w + i + 1);
+            start(odd, step + i + 1);
+            wgmma_wait<1>();
+            finish(even, step + i, first);
+            wgmma_wait<0>();
+            finish(odd, step + i + 1, second);
+        } else {
+            float first = __ldg(w + i);
+            wgmma_wait<0>();
+            finish(even, step + i, first);
+        }
+    } else {
+        float part[N / 2];
+        for (u32 i = 0; i < blocks; ++i) {
+            float scale = __ldg(w + i);
+            start(part, step + i);
+            wgmma_wait<0>();
+            finish(part, step + i, scale);
+        }
     }
+    step += blocks;
 }
 
 // Writes one warpgroup's 64 rows x `tokens` through its own corner of shared memory, 128 bytes of a token at a time.
 template <int N>
 DEVICE void store_tile(const float (&acc)[N / 2], u32 stage, u32 barrier, u16* out, u32 ld_out, u32 tokens, u32 rows) {
     u32 t = threadIdx.x & 127, lane = t & 31, warp = t >> 5;
-    constexpr u32 CHUNK = N < STAGE_TOKENS ? N : STAGE_TOKENS;
+    constexpr u32 CHUNK = N % STAGE_TOKENS == 0 ? STAGE_TOKENS : 16;
     u32 write = stage + ((lane >> 4) * 8 + (lane & 7)) * STAGE_PITCH + (16 * warp + (lane >> 3 & 1) * 8) * 2;
 #pragma unroll
     for (u32 c = 0; c < N / CHUNK; ++c) {
@@ -126,11 +174,12 @@ DEVICE void store_tile(const float (&acc)[N / 2], u32 stage, u32 barrier, u16* o
     }
 }
 
-template <u32 WGS, u32 T, u32 KS, u32 STAGES, bool GROUPED>
+template <u32 WGS, u32 T, u32 KS, u32 MC, u32 STAGES, bool GROUPED>
 DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmArgs& args) {
-    constexpr u32 ROWS = 64 * WGS, BOX = T < 64 ? T : T % 64 == 0 ? 64 : 32;  // rows of a TMA box
+    constexpr u32 ROWS = 64 * WGS, BOX = !GROUPED && T % 64 == 0 ? 64 : T % 32 == 0 && T > 64 ? 32 : 16;  // rows of a TMA box
     constexpr u32 W_BYTES = ROWS * 128, X_BYTES = T * 128, STAGE_BYTES = W_BYTES + X_BYTES, SCALE_BYTES = T * 4 + 16;
     constexpr u32 PITCH = ROWS + 4;  // floats per token of a partial sum
+    static_assert(KS == 1 || MC == 1, "a cluster shares K or tokens");
     static_assert(KS == 1 || T * PITCH * 4 <= STAGES * STAGE_BYTES, "partial sums reuse the ring");
     extern __shared__ __align__(1024) u8 shared[];
     u32 ring = shared_address(shared);
@@ -143,7 +192,7 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < STAGES; ++s) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, 4 * WGS);
+            mbar_init(empty + 8 * s, 4 * WGS * MC);
         }
         mbar_init_done();
         prefetch_map(&w_map);
@@ -158,16 +207,17 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
         counts[0] = (int)args.m;
     }
     __syncthreads();
+    if (MC == 2) cluster_sync();  // the other's barriers exist
 
-    u32 rank = KS == 1 ? 0 : cluster_rank();
-    u32 k_blocks = args.k / 128, k0 = k_blocks * rank / KS, k1 = k_blocks * (rank + 1) / KS;
-    u32 worker = blockIdx.x / KS, workers = gridDim.x / KS;
-    u32 warpgroup = threadIdx.x >> 7, lane = threadIdx.x & 31;
-    Walk<T, ROWS> walk;
+    u32 rank = KS * MC == 1 ? 0 : cluster_rank();
+    u32 k_blocks = args.k / 128, k0 = KS == 1 ? 0 : k_blocks * rank / KS, k1 = KS == 1 ? k_blocks : k_blocks * (rank + 1) / KS;
+    u32 worker = blockIdx.x / (KS * MC), workers = gridDim.x / (KS * MC);
+    u32 warpgroup = __shfl_sync(0xffffffff, threadIdx.x >> 7, 0), lane = threadIdx.x & 31;
+    Walk<T, ROWS * MC> walk;
     Tile tile;
 
     if (warpgroup == WGS) {
-        if (T > 64 && KS == 1) registers_down<(T > 128 ? 56 : 40)>();
+        if (T > 64 && KS == 1) registers_down<56>();
         if (threadIdx.x == WGS * 128) {
             u64 w_policy = args.stream_weights ? EVICT_FIRST : EVICT_NORMAL;
             u32 step = 0;
@@ -175,7 +225,7 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
             for (u32 index = worker; walk.find(index, args, counts, tile); index += workers) {
                 u32 boxes = ceil_div(tile.tokens, BOX);
                 u32 start = !GROUPED ? 0 : args.starts ? (u32)args.starts[tile.group] : tile.group * args.group_stride;
-                u32 x_row = start + tile.first, w_row = tile.group * args.n + tile.row;
+                u32 x_row = start + tile.first, w_row = tile.group * args.n + tile.row + (MC == 2 ? rank * ROWS : 0);
                 // Bulk copies start at multiples of 16 bytes: begin up to 3 rows early.
                 u32 scale_row = x_row & ~3u, scale_bytes = ceil_div(x_row + tile.tokens - scale_row, 4) * 16;
                 u32 bytes = W_BYTES + boxes * BOX * 128 + scale_bytes;
@@ -184,9 +234,13 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
                     tma_2d(ring + s * STAGE_BYTES, &w_map, full + 8 * s, kb * 128, w_row, w_policy);
                 };
                 auto load_tokens = [&](u32 kb, u32 s) {
-                    for (u32 b = 0; b < boxes; ++b)
-                        tma_2d(ring + s * STAGE_BYTES + W_BYTES + b * BOX * 128, &x_map, full + 8 * s, kb * 128,
-                               x_row + b * BOX, EVICT_LAST);
+                    for (u32 b = MC == 2 ? rank : 0; b < boxes; b += MC) {
+                        u32 to = ring + s * STAGE_BYTES + W_BYTES + b * BOX * 128;
+                        if (MC == 2)
+                            tma_2d_multicast(to, &x_map, full + 8 * s, kb * 128, x_row + b * BOX, 3, EVICT_LAST);
+                        else
+                            tma_2d(to, &x_map, full + 8 * s, kb * 128, x_row + b * BOX, EVICT_LAST);
+                    }
                     bulk_load(scales + s * SCALE_BYTES, args.x_scale + (u64)kb * args.ld_scale + scale_row, scale_bytes,
                               full + 8 * s);
                 };
@@ -211,17 +265,18 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
         }
         __syncwarp();
     } else {
-        if (T > 64 && KS == 1) registers_up<(T > 128 ? 224 : 232)>();
+        if (T > 64 && KS == 1) registers_up<224>();
         wait_for_previous_kernel();
         u32 step = 0, wg = warpgroup;
         for (u32 index = worker; walk.find(index, args, counts, tile); index += workers) {
+            if (MC == 2) tile.row += rank * ROWS;
             u32 scale_rows = ceil_div(args.n, 128), scale_row = min_u32((tile.row + 64 * wg) / 128, scale_rows - 1);
             const float* w_scale = args.w_scale + (u64)(tile.group * scale_rows + scale_row) * k_blocks;
             u32 start = !GROUPED ? 0 : args.starts ? (u32)args.starts[tile.group] : tile.group * args.group_stride;
             auto run = [&]<int N>() {
                 float acc[N / 2];
-                multiply<N, STAGES, GROUPED>(acc, k0, k1, w_scale, ring, STAGE_BYTES, wg * 64 * 128, W_BYTES,
-                                             scales + (start + tile.first & 3) * 4, SCALE_BYTES, full, empty, step);
+                multiply<N, STAGES, GROUPED, N <= (KS == 1 ? 128 : 64), MC>(acc, k0, k1, w_scale, ring, STAGE_BYTES, wg * 64 * 128, W_BYTES,
+                                             scales + (start + tile.first & 3) * 4, SCALE_BYTES, full, empty, step, rank);
                 if (KS == 1) {
                     u32 row = tile.row + 64 * wg;
                     store_tile<N>(acc, epilogue + wg * STAGE_TOKENS * STAGE_PITCH, 1 + wg,
@@ -240,22 +295,26 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
                     }
                 }
             };
-            if constexpr (T <= 64 || KS > 1) {
-                run.template operator()<T>();
-            } else if constexpr (!GROUPED) {
+            // Tensor-core time and power go with the columns multiplied: take as few as the tile has.
+            if constexpr (!GROUPED || T <= 32) {
                 run.template operator()<T>();
             } else {
-                if (tile.tokens <= 32) run.template operator()<32>();
-                else if (tile.tokens <= 64) run.template operator()<64>();
-                else if (tile.tokens <= 96) run.template operator()<96>();
-                else if (T == 128 || tile.tokens <= 128) run.template operator()<128>();
-                else if constexpr (T > 128) {
-                    run.template operator()<T>();
+                if (tile.tokens <= 16) run.template operator()<16>();
+                else if (tile.tokens <= 32) run.template operator()<32>();
+                else if (tile.tokens <= 48) run.template operator()<48>();
+                else if (T == 64 || tile.tokens <= 64) run.template operator()<64>();
+                else if constexpr (T > 64) {
+                    if (tile.tokens <= 80) run.template operator()<80>();
+                    else if (tile.tokens <= 96) run.template operator()<96>();
+                    else if (tile.tokens <= 112) run.template operator()<112>();
+                    else if (T == 128 || tile.tokens <= 128) run.template operator()<128>();
+                    else run.template operator()<T>();
                 }
             }
         }
     }
 
+    if (MC == 2) cluster_sync();  // nobody leaves while the other may still write here
     if (KS > 1) {
         cluster_sync();
         // One tile per cluster: `tile` was found by every role except idle lanes, so find it again.
@@ -282,41 +341,30 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
     }
 }
 
-#define FP8_GEMM(WGS, T, KS, STAGES, GROUPED, NAME)                                                                    \
+#define FP8_GEMM(WGS, T, KS, MC, STAGES, GROUPED, NAME)                                                                \
     extern "C" __global__ void __launch_bounds__(WGS * 128 + 128, 1)                                                   \
         NAME(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const GemmArgs args) {  \
-        fp8_gemm<WGS, T, KS, STAGES, GROUPED>(w_map, x_map, args);                                                     \
+        fp8_gemm<WGS, T, KS, MC, STAGES, GROUPED>(w_map, x_map, args);                                                 \
     }
 
-// Names: fp8_gemm_r<rows>_t<tokens>_k<cluster>; the launcher (src/cuda/gemm.rs) computes shared memory from the same numbers.
-// Decode, dense: K cut over a cluster.
-FP8_GEMM(1, 16, 4, 20, false, fp8_gemm_r64_t16_k4)
-FP8_GEMM(2, 16, 1, 11, false, fp8_gemm_r128_t16_k1)
-FP8_GEMM(2, 16, 2, 11, false, fp8_gemm_r128_t16_k2)
-FP8_GEMM(2, 16, 4, 11, false, fp8_gemm_r128_t16_k4)
-FP8_GEMM(3, 16, 1, 8, false, fp8_gemm_r192_t16_k1)
-FP8_GEMM(3, 16, 8, 8, false, fp8_gemm_r192_t16_k8)
-FP8_GEMM(1, 64, 1, 12, false, fp8_gemm_r64_t64_k1)
-FP8_GEMM(1, 64, 2, 13, false, fp8_gemm_r64_t64_k2)
-FP8_GEMM(1, 64, 3, 13, false, fp8_gemm_r64_t64_k3)
-FP8_GEMM(1, 64, 4, 13, false, fp8_gemm_r64_t64_k4)
-FP8_GEMM(2, 64, 1, 8, false, fp8_gemm_r128_t64_k1)
-FP8_GEMM(2, 64, 2, 9, false, fp8_gemm_r128_t64_k2)
-FP8_GEMM(2, 64, 4, 9, false, fp8_gemm_r128_t64_k4)
-FP8_GEMM(2, 64, 7, 9, false, fp8_gemm_r128_t64_k7)
-FP8_GEMM(2, 64, 8, 9, false, fp8_gemm_r128_t64_k8)
-FP8_GEMM(3, 64, 1, 6, false, fp8_gemm_r192_t64_k1)
-FP8_GEMM(3, 64, 4, 6, false, fp8_gemm_r192_t64_k4)
-FP8_GEMM(3, 64, 8, 6, false, fp8_gemm_r192_t64_k8)
-FP8_GEMM(2, 128, 2, 6, false, fp8_gemm_r128_t128_k2)
-FP8_GEMM(2, 128, 4, 6, false, fp8_gemm_r128_t128_k4)
-FP8_GEMM(2, 128, 8, 6, false, fp8_gemm_r128_t128_k8)
+// Names: fp8_gemm_r<rows>_t<tokens>, then k<CTAs that share K> or x<CTAs that share tokens>; the launcher
+// (src/cuda/gemm.rs) reads this list. README.md has each one's time.
+// Decode, dense.
+FP8_GEMM(1, 64, 1, 1, 12, false, fp8_gemm_r64_t64_k1)
+FP8_GEMM(1, 64, 2, 1, 13, false, fp8_gemm_r64_t64_k2)
+FP8_GEMM(1, 64, 3, 1, 13, false, fp8_gemm_r64_t64_k3)
+FP8_GEMM(2, 64, 1, 1, 8, false, fp8_gemm_r128_t64_k1)
+FP8_GEMM(2, 64, 2, 1, 9, false, fp8_gemm_r128_t64_k2)
+FP8_GEMM(3, 64, 1, 1, 6, false, fp8_gemm_r192_t64_k1)
+FP8_GEMM(2, 128, 2, 1, 6, false, fp8_gemm_r128_t128_k2)
+FP8_GEMM(2, 128, 4, 1, 6, false, fp8_gemm_r128_t128_k4)
 // Prefill, dense.
-FP8_GEMM(2, 128, 1, 6, false, fp8_gemm_r128_t128_k1)
-FP8_GEMM(2, 192, 1, 5, false, fp8_gemm_r128_t192_k1)
+FP8_GEMM(2, 128, 1, 1, 6, false, fp8_gemm_r128_t128_k1)
+FP8_GEMM(2, 192, 1, 1, 5, false, fp8_gemm_r128_t192_k1)
+FP8_GEMM(2, 128, 1, 2, 6, false, fp8_gemm_r128_t128_x2)
 // Grouped, masked and contiguous.
-FP8_GEMM(2, 16, 1, 11, true, fp8_gemm_grouped_r128_t16)
-FP8_GEMM(2, 32, 1, 10, true, fp8_gemm_grouped_r128_t32)
-FP8_GEMM(2, 64, 1, 8, true, fp8_gemm_grouped_r128_t64)
-FP8_GEMM(2, 128, 1, 6, true, fp8_gemm_grouped_r128_t128)
-FP8_GEMM(2, 160, 1, 5, true, fp8_gemm_grouped_r128_t160)
+FP8_GEMM(2, 16, 1, 1, 11, true, fp8_gemm_grouped_r128_t16)
+FP8_GEMM(2, 64, 1, 1, 8, true, fp8_gemm_grouped_r128_t64)
+FP8_GEMM(2, 128, 1, 1, 6, true, fp8_gemm_grouped_r128_t128)
+FP8_GEMM(2, 160, 1, 1, 5, true, fp8_gemm_grouped_r128_t160)
+FP8_GEMM(2, 160, 1, 2, 5, true, fp8_gemm_grouped_r128_t160_x2)

@@ -7,9 +7,13 @@
 //     with a barrier each, so that products start with the first tile);
 //   - each owns 256 of the 512 output columns, so each needs both blocks' probabilities: its own from registers, the other's
 //     through shared memory, in the rope tile of the K block, which is not part of V and is free once the scores are known;
-//   - the running maximum goes from the even block's warpgroup to the odd one's and back: while one does its softmax, the
-//     other keeps the tensor cores busy.
-// A third warpgroup gives up its registers; one thread of it refills a K block's halves as soon as their last reader is done.
+//   - the even block comes first in the online softmax, the odd one second, for both: the odd warpgroup adds the even block
+//     while its own scores are computed and exponentiated, so one's softmax hides behind the other's products, and the even
+//     block's buffer is free half a pair before the odd one's: its reload hides too.
+// A third warpgroup gives up its registers; its warps refill a half of a K block each, as soon as the half's
+// last reader is done.
+// PAIR: the CTAs of two row tiles (128 heads) form a cluster, each fetches half of every K block and multicasts it: one pass
+// over L2 instead of two, which is what bounds the kernel otherwise.
 // A sequence cut into several parts leaves normalised float32 partials and log-sum-exps; mla_combine adds them in part order.
 #include "wgmma.cuh"
 
@@ -93,21 +97,18 @@ extern "C" __global__ void __launch_bounds__(1024) mla_plan(const int* lengths, 
     }
 }
 
-// The scores of one block: s = Q K^T over 576, tile by tile as they arrive, the rope tile last.
-DEVICE void scores(float (&s)[32], u32 q, u32 k, u32 full, u32 parity, u32 first_tile) {
+// Starts the scores of one block, s = Q K^T over 576, tile by tile as they arrive.
+DEVICE void start_scores(float (&s)[32], u32 q, u32 k, u32 full, u32 parity) {
     pin(s);
     wgmma_fence();
 #pragma unroll
-    for (u32 i = 0; i < TILES; ++i) {
-        u32 tile = i == 8 ? 8 : i + first_tile & 7;
+    for (u32 tile = 0; tile < TILES; ++tile) {
         mbar_wait(full + 8 * tile, parity);
         u64 a = k_major(q + tile * TILE), b = k_major(k + tile * TILE);
 #pragma unroll
-        for (u32 j = 0; j < 4; ++j) Bf16<64>::mma(s, a + 2 * j, b + 2 * j, i | j);
+        for (u32 j = 0; j < 4; ++j) Bf16<64>::mma(s, a + 2 * j, b + 2 * j, tile | j);
     }
     wgmma_commit();
-    wgmma_wait<0>();
-    pin(s);
 }
 
 // Probabilities to the 64x64 tile at `tile`, as TMA would have swizzled them.
@@ -139,8 +140,8 @@ DEVICE void clear_tail(u32 k, u32 valid) {
     fence_async();
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    mla_decode(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
+template <bool PAIR>
+DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const MlaArgs& args) {
     extern __shared__ __align__(1024) u8 shared[];
     u32 q = shared_address(shared), k0 = q + TILES * TILE, k1 = k0 + TILES * TILE;
     u32 full = k1 + TILES * TILE;  // [2][9]
@@ -151,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < 18; ++i) mbar_init(full + 8 * i, 1);
-        for (u32 i = 0; i < 4; ++i) mbar_init(empty + 8 * i, 4);
+        for (u32 i = 0; i < 4; ++i) mbar_init(empty + 8 * i, PAIR ? 8 : 4);
         mbar_init(q_full, 1);
         mbar_init(q_empty, 8);
         mbar_init_done();
@@ -165,53 +166,50 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     u32 rows = args.queries * args.heads, row_tiles = ceil_div(rows, 64);
     u32 row_tile = blockIdx.x % row_tiles;
     Part part = args.parts[blockIdx.x / row_tiles];
-    if (part.first_seq < 0) return;
+    if (part.first_seq < 0) return;  // so does the other CTA of a pair
+    u32 rank = PAIR ? cluster_rank() : 0;
+    if (PAIR) cluster_sync();  // the other's barriers exist
     // Through a shuffle, so that the compiler knows the roles to be uniform in a warp.
     u32 warp = __shfl_sync(0xffffffff, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, wg = warp >> 2;
 
     if (wg == 2) {
-        registers_down<24>();
-        if (threadIdx.x != 256) return;
-        u32 loads0 = 0, loads1 = 0;
-        for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
-            int begin = seq == part.first_seq ? part.first_block : 0;
-            int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)args.lengths[seq], 64);
-            if (begin >= end) continue;
-            const int* table = args.block_table + (u64)seq * args.max_blocks;
-            int id0 = table[begin], id1 = begin + 1 < end ? table[begin + 1] : 0;
-            if (seq != part.first_seq) mbar_wait(q_empty, (seq - part.first_seq & 1) ^ 1);
-            mbar_expect(q_full, TILES * TILE);
-            for (u32 t = 0; t < TILES; ++t)
-                tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
-            for (int b = begin; b < end; b += 2) {
-                bool odd = b + 1 < end;
-                auto load = [&](u32 buffer, u32 k, int id, u32 first, u32 last) {
-                    for (u32 t = first; t < last; ++t) {
-                        u32 bar = full + 8 * (9 * buffer + t);
+        registers_down<32>();
+        if (lane == 0) {
+            // One warp for each half of a K block, so that none waits for another's readers: K0 left, K1 right, K0 right with
+            // its rope tile, K1 left with its rope tile. Each is free when one warpgroup has used it as V.
+            u32 half = warp - 8, buffer = half & 1, k = buffer ? k1 : k0;
+            bool right = half == 1 || half == 2, rope = half >= 2;
+            u32 first = right ? 4 : 0, loads = 0, segments = 0;
+            for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
+                int begin = seq == part.first_seq ? part.first_block : 0;
+                int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)args.lengths[seq], 64);
+                if (begin >= end) continue;
+                if (half == 0) {
+                    if (segments) mbar_wait(q_empty, (segments & 1) ^ 1);
+                    ++segments;
+                    mbar_expect(q_full, TILES * TILE);
+                    for (u32 t = 0; t < TILES; ++t)
+                        tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
+                }
+                const int* table = args.block_table + (u64)seq * args.max_blocks;
+                int id = begin + (int)buffer < end ? table[begin + buffer] : 0;
+                for (int b = begin + (int)buffer; b < end; b += 2, ++loads) {
+                    int next = b + 2 < end ? table[b + 2] : 0;
+                    if (loads) mbar_wait(empty + 8 * half, (loads & 1) ^ 1);
+                    for (u32 t = first; t < first + 4 + rope; ++t) {
+                        u32 tile = t < first + 4 ? t : 8, bar = full + 8 * (9 * buffer + tile);
                         mbar_expect(bar, TILE);
-                        tma_4d(k + t * TILE, &kv_map, bar, t * 64, 0, args.layer, id, EVICT_FIRST);
+                        if (!PAIR)
+                            tma_4d(k + tile * TILE, &kv_map, bar, tile * 64, 0, args.layer, id, EVICT_FIRST);
+                        else if ((tile == 8 ? buffer : tile & 1) == rank)  // each CTA of the pair fetches half for both
+                            tma_4d_multicast(k + tile * TILE, &kv_map, bar, tile * 64, 0, args.layer, id, 3, EVICT_FIRST);
                     }
-                };
-                u32 parity0 = (loads0 & 1) ^ 1, parity1 = (loads1 & 1) ^ 1;
-                if (loads0) mbar_wait(empty, parity0);
-                load(0, k0, id0, 0, 4);
-                if (odd) {
-                    if (loads1) mbar_wait(empty + 8, parity1);
-                    load(1, k1, id1, 4, 8);
+                    id = next;
                 }
-                if (loads0) mbar_wait(empty + 16, parity0);
-                load(0, k0, id0, 4, 9);
-                if (odd) {
-                    if (loads1) mbar_wait(empty + 24, parity1);
-                    load(1, k1, id1, 0, 4);
-                    load(1, k1, id1, 8, 9);
-                }
-                ++loads0;
-                loads1 += odd;
-                if (b + 2 < end) id0 = table[b + 2];
-                if (b + 3 < end) id1 = table[b + 3];
             }
         }
+        __syncwarp();
+        if (PAIR) cluster_sync();
         return;
     }
 
@@ -279,54 +277,48 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             wgmma_commit();
         };
         auto release = [&](u32 bar) {
-            if (lane == 0) mbar_arrive(bar);
+            if (lane != 0) return;
+            mbar_arrive(bar);
+            if (PAIR) mbar_arrive_at(bar, rank ^ 1);
         };
 
         for (int b = begin; b < end; b += 2) {
             bool odd = b + 1 < end, last = b + 2 >= end;
             if (wg == 0) {
-                scores(s, q, k0, full, uses0 & 1, 0);
-                if (last) release(q_empty);
+                start_scores(s, q, k0, full, uses0 & 1);
+                wgmma_wait<0>();
+                pin(s);
+                if (last && lane == 0) mbar_arrive(q_empty);
                 float top[2] = {max[0], max[1]};
                 largest(b, top);
                 float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
                 if ((lane & 3) == 0) max0[row] = top[0], max0[row + 8] = top[1];
-                named_arrive(1, 256);  // the maximum with the even block
                 sum[0] *= by[0];
                 sum[1] *= by[1];
                 exponentiate(top);
                 pack_probabilities(p, s);
-                rescale(o, by);
+                store_probabilities(k0 + 8 * TILE, p);
+                fence_async();
                 if (length < (b + 1) * 64) {
                     clear_tail(k0, length - b * 64);
                     named_sync(5, 128);
                 }
+                named_arrive(1, 256);  // the even block's maximum and probabilities
+                rescale(o, by);
                 add_own(k0);
-                if (odd) {
-                    named_sync(2, 256);  // the odd block's maximum and probabilities
-                    float both[2] = {max1[row], max1[row + 8]};
-                    by[0] = exp2_approx((top[0] - both[0]) * args.scale);
-                    by[1] = exp2_approx((top[1] - both[1]) * args.scale);
-#pragma unroll
-                    for (u32 i = 0; i < 32; ++i) s[i] *= by[i >> 1 & 1];
-                    u32 rescaled[4][4];
-                    pack_probabilities(rescaled, s);
-                    store_probabilities(k0 + 8 * TILE, rescaled);
-                    max[0] = both[0];
-                    max[1] = both[1];
-                    sum[0] *= by[0];
-                    sum[1] *= by[1];
-                } else {
-                    store_probabilities(k0 + 8 * TILE, p);
-                    max[0] = top[0];
-                    max[1] = top[1];
-                }
-                fence_async();
-                named_arrive(3, 256);  // the even block's probabilities
+                max[0] = top[0];
+                max[1] = top[1];
                 wgmma_wait<0>();
                 pin(o);
                 release(empty);
                 if (odd) {
+                    named_sync(2, 256);  // the odd block's
+                    max[0] = max1[row];
+                    max[1] = max1[row + 8];
+                    by[0] = exp2_approx((top[0] - max[0]) * args.scale);
+                    by[1] = exp2_approx((top[1] - max[1]) * args.scale);
+                    sum[0] *= by[0];
+                    sum[1] *= by[1];
                     rescale(o, by);
                     add_other(k1 + 8 * TILE, k1);
                     wgmma_wait<0>();
@@ -334,21 +326,29 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     release(empty + 24);
                 }
             } else {
-                float top[2] = {-1e30f, -1e30f};
                 if (odd) {
-                    scores(s, q, k1, full + 72, uses1 & 1, 4);
-                    largest(b + 1, top);
+                    start_scores(s, q, k1, full + 72, uses1 & 1);
+                    wgmma_wait<0>();
+                    pin(s);
+                    if (last && lane == 0) mbar_arrive(q_empty);
                 }
-                if (last) release(q_empty);
                 named_sync(1, 256);
-                top[0] = fmaxf(top[0], max0[row]);
-                top[1] = fmaxf(top[1], max0[row + 8]);
+                float top[2] = {max0[row], max0[row + 8]};
                 float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
                 sum[0] *= by[0];
                 sum[1] *= by[1];
                 max[0] = top[0];
                 max[1] = top[1];
+                rescale(o, by);
+                add_other(k0 + 8 * TILE, k0 + 4 * TILE);
                 if (odd) {
+                    largest(b + 1, top);
+                    by[0] = exp2_approx((max[0] - top[0]) * args.scale);
+                    by[1] = exp2_approx((max[1] - top[1]) * args.scale);
+                    max[0] = top[0];
+                    max[1] = top[1];
+                    sum[0] *= by[0];
+                    sum[1] *= by[1];
                     exponentiate(top);
                     pack_probabilities(p, s);
                     if ((lane & 3) == 0) max1[row] = top[0], max1[row + 8] = top[1];
@@ -359,18 +359,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         named_sync(6, 128);
                     }
                     named_arrive(2, 256);
-                }
-                rescale(o, by);
-                if (odd) add_own(k1 + 4 * TILE);
-                named_sync(3, 256);
-                add_other(k0 + 8 * TILE, k0 + 4 * TILE);
-                if (odd) {
-                    wgmma_wait<1>();
+                    wgmma_wait<0>();
+                    pin(o);
+                    release(empty + 16);
+                    rescale(o, by);
+                    add_own(k1 + 4 * TILE);
+                    wgmma_wait<0>();
+                    pin(o);
                     release(empty + 8);
+                } else {
+                    if (last && lane == 0) mbar_arrive(q_empty);
+                    wgmma_wait<0>();
+                    pin(o);
+                    release(empty + 16);
                 }
-                wgmma_wait<0>();
-                pin(o);
-                release(empty + 16);
             }
             ++uses0;
             uses1 += odd;
@@ -409,6 +411,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
         }
     }
+    __syncwarp();
+    if (PAIR) cluster_sync();  // nobody leaves while the other may still write here
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    mla_decode_one(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
+    mla_decode<false>(q_map, kv_map, args);
+}
+// Launched in clusters of two.
+extern "C" __global__ void __launch_bounds__(384, 1)
+    mla_decode_pair(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
+    mla_decode<true>(q_map, kv_map, args);
 }
 
 // Adds the pieces of every row that has several: four groups of 128 threads take every fourth piece each, then meet.

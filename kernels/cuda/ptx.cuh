@@ -112,6 +112,15 @@ DEVICE void mbar_init_done() { asm volatile("fence.mbarrier_init.release.cluster
 DEVICE void mbar_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// Arrives at the same barrier of CTA `rank` of the cluster. Without `.release.cluster`: that becomes a device-wide memory
+// barrier and an L1 invalidation (a microsecond), and what the arrival orders is reads that have already returned.
+DEVICE void mbar_arrive_at(u32 bar, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
+        "r"(rank)
+        : "memory");
+}
 DEVICE void mbar_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -156,6 +165,21 @@ DEVICE void tma_4d(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, 
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
         "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+        : "memory");
+}
+// The same box to the same place in every CTA of `mask`, each told at its own barrier.
+DEVICE void tma_2d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int y, u16 mask, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(dst),
+        "l"((u64)map), "r"(bar), "r"(x), "r"(y), "h"(mask), "l"(policy)
+        : "memory");
+}
+DEVICE void tma_4d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, int w, u16 mask, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
+        "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "h"(mask), "l"(policy)
         : "memory");
 }
 // A plain run of bytes (16-byte aligned, a multiple of 16).

@@ -155,6 +155,24 @@ pub fn decode(
     out: Span<u16>,
     overlap: bool,
 ) -> Result<()> {
+    decode_with(
+        gpu, stream, shape, q, cache, scale, work, out, false, overlap,
+    )
+}
+
+/// [`decode`], with (`pair`) or without the CTAs of two row tiles fetching the cache together.
+pub fn decode_with(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    shape: Shape,
+    q: Span<u16>,
+    cache: Cache,
+    scale: f32,
+    work: Workspace,
+    out: Span<u16>,
+    pair: bool,
+    overlap: bool,
+) -> Result<()> {
     const KERNEL: &str = "mla_decode";
     let rows = shape.batch * shape.rows();
     require(
@@ -218,7 +236,9 @@ pub fn decode(
         layer: cache.layer as u32,
         scale: scale * std::f32::consts::LOG2_E,
     };
+    let pair = pair && shape.row_tiles().is_multiple_of(2);
     let launch = Launch {
+        cluster: if pair { 2 } else { 1 },
         // Q, two K blocks, 24 barriers, four exchanges of 64 floats.
         shared_bytes: 3 * 9 * 8192 + 24 * 8 + 4 * 64 * 4,
         ..Launch::new(
@@ -233,7 +253,11 @@ pub fn decode(
             gpu,
             stream,
             "mla_decode",
-            KERNEL,
+            if pair {
+                "mla_decode_pair"
+            } else {
+                "mla_decode_one"
+            },
             arguments![q_map, kv_map, args],
         )
     }?;

@@ -13,9 +13,14 @@ mod program;
 mod span;
 mod tensor_map;
 
+pub mod blas;
 pub mod gemm;
 pub mod mla;
+pub mod pointwise;
+pub mod prefill;
 pub mod probe;
+pub mod routing;
+pub mod sampling;
 
 pub use gpu::Gpu;
 pub use launch::Launch;

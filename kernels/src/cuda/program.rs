@@ -27,7 +27,15 @@ macro_rules! programs {
 
 impl Program {
     /// Every program, in the order `device compile` reports them.
-    pub const ALL: &'static [Self] = programs!["fp8_gemm", "mla_decode", "probe"];
+    pub const ALL: &'static [Self] = programs![
+        "fp8_gemm",
+        "mla_decode",
+        "mla_prefill",
+        "pointwise",
+        "probe",
+        "routing",
+        "sampling"
+    ];
 
     /// The program of this name.
     pub fn find(name: &str) -> Option<Self> {

@@ -43,12 +43,12 @@ pub(crate) fn cases() -> Vec<Case> {
         for (m, peer) in [32, 64, 128, 4096].into_iter().zip(peers) {
             let chosen = gemm::choose(m, n, k, 132);
             let fits = |i: &&Instance| {
-                let tiles = n.div_ceil(i.rows as usize) as u32 * i.cluster;
-                let one_wave = i.cluster == 1 || tiles <= 160;
+                let tiles = n.div_ceil(i.rows as usize) as u32 * i.split_k;
+                let one_wave = (i.split_k == 1 || tiles <= 160) && i.multicast == 1;
                 !i.grouped
                     && (i.name == chosen
                         || i.tokens as usize >= m && i.tokens as usize <= m.max(64) && one_wave
-                        || m > 128 && i.tokens > 64 && i.cluster == 1)
+                        || m > 128 && i.tokens > 64 && i.split_k == 1)
             };
             for instance in Instance::all().iter().filter(fits) {
                 let mark = if instance.name == chosen { " *" } else { "" };

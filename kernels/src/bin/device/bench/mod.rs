@@ -2,6 +2,7 @@
 
 mod gemm;
 mod mla;
+mod small;
 
 use crate::harness::{Harness, Result, Timing};
 
@@ -26,7 +27,10 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
         "{:<64} {:>9} {:>8} {:>7} {:>9} {:>6} {:>6}  burst ms, peer",
         "case", "us", "GB/s", "TFLOP/s", "peer us", "ratio", "MHz"
     );
-    let cases = gemm::cases().into_iter().chain(mla::cases());
+    let cases = gemm::cases()
+        .into_iter()
+        .chain(mla::cases())
+        .chain(small::cases());
     for case in cases.filter(|case| case.name.contains(filter)) {
         let timing = (case.run)(harness).map_err(|e| format!("{}: {e}", case.name))?;
         let (peer, ratio, name) = match case.peer {

@@ -42,13 +42,15 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     for instance in Instance::all().iter().filter(|i| !i.grouped) {
         let m = instance.tokens as usize - 3;
-        cases.push(Case::new(
-            format!("{} m {m} n 2112 k 7168", instance.name),
-            move |h| dense(h, Some(instance.name), m, 2112, 7168),
-        ));
+        for (n, k) in [(2112, 7168), (320, 1024)] {
+            cases.push(Case::new(
+                format!("{} m {m} n {n} k {k}", instance.name),
+                move |h| dense(h, Some(instance.name), m, n, k),
+            ));
+        }
     }
     for instance in Instance::all().iter().filter(|i| i.grouped) {
-        for (n, k) in [(4096, 7168), (7168, 2048)] {
+        for (n, k) in [(4096, 7168), (7168, 2048), (512, 256)] {
             for masked in [true, false] {
                 let kind = if masked { "masked" } else { "contiguous" };
                 cases.push(Case::new(

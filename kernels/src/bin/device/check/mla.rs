@@ -17,13 +17,19 @@ pub(crate) const SCALE: f32 = 0.135_233_78;
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for heads in [128, 64, 32, 16] {
-        for queries in [1, 2, 4] {
+    for heads in [128usize, 64, 32, 16] {
+        for queries in [1usize, 2, 4] {
             for (name, lengths) in lengths() {
-                cases.push(Case::new(
-                    format!("mla_decode heads {heads} queries {queries} {name}"),
-                    move |h| decode(h, heads, queries, &lengths),
-                ));
+                for pair in [false, true] {
+                    let (kind, lengths) = (if pair { "pair" } else { "one" }, lengths.clone());
+                    // A pair shares the cache between two tiles of 64 query rows.
+                    if !pair || (heads * queries).div_ceil(64).is_multiple_of(2) {
+                        cases.push(Case::new(
+                            format!("mla_decode {kind} heads {heads} queries {queries} {name}"),
+                            move |h| decode(h, heads, queries, &lengths, pair),
+                        ));
+                    }
+                }
             }
         }
     }
@@ -145,7 +151,13 @@ impl Step {
     }
 
     /// Attends in `layer`.
-    pub(crate) fn decode(&self, h: &Harness, layer: usize, overlap: bool) -> Result<()> {
+    pub(crate) fn decode(
+        &self,
+        h: &Harness,
+        layer: usize,
+        pair: bool,
+        overlap: bool,
+    ) -> Result<()> {
         let cache = Cache {
             data: h.span(&self.cache),
             blocks: self.blocks,
@@ -155,7 +167,7 @@ impl Step {
             block_table: h.span(&self.table),
         };
         let (q, out) = (h.span(&self.q), h.span(&self.out));
-        Ok(mla::decode(
+        Ok(mla::decode_with(
             &h.gpu,
             &h.stream,
             self.shape,
@@ -164,12 +176,19 @@ impl Step {
             SCALE,
             self.work(h),
             out,
+            pair,
             overlap,
         )?)
     }
 }
 
-fn decode(h: &Harness, heads: usize, queries: usize, lengths: &[usize]) -> Result<Found> {
+fn decode(
+    h: &Harness,
+    heads: usize,
+    queries: usize,
+    lengths: &[usize],
+    pair: bool,
+) -> Result<Found> {
     let (layers, layer) = (2, 1);
     let step = Step::new(h, heads, queries, lengths, layers)?;
     // What lies behind the last token of each sequence must not matter, whatever it is.
@@ -191,7 +210,7 @@ fn decode(h: &Harness, heads: usize, queries: usize, lengths: &[usize]) -> Resul
         h.poison(&step.out)?;
         h.poison(&step.parts)?;
         step.plan(h)?;
-        step.decode(h, layer, false)?;
+        step.decode(h, layer, pair, false)?;
         *digest = h.digest(&step.out)?;
     }
     let (q, out) = (h.download(&step.q)?, h.download(&step.out)?);

@@ -1,7 +1,12 @@
 //! Every kernel against float64.
 
+mod blas;
 mod gemm;
 pub(crate) mod mla;
+mod pointwise;
+pub(crate) mod prefill;
+pub(crate) mod routing;
+mod sampling;
 
 use crate::harness::{Harness, Result};
 use crate::reference::Error;
@@ -61,7 +66,14 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
         "{:<64} {:>10} {:>8} {:>7} {:>6}",
         "case", "error", "bound", "repeats", "wrong"
     );
-    let cases = gemm::cases().into_iter().chain(mla::cases());
+    let cases = gemm::cases()
+        .into_iter()
+        .chain(mla::cases())
+        .chain(prefill::cases())
+        .chain(pointwise::cases())
+        .chain(routing::cases())
+        .chain(sampling::cases())
+        .chain(blas::cases());
     for case in cases.filter(|case| case.name.contains(filter)) {
         let found = (case.run)(harness).map_err(|e| format!("{}: {e}", case.name))?;
         right &= found.is_right();
