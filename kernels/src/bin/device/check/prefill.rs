@@ -13,9 +13,12 @@ use crate::reference::{Error, Random, bf16};
 /// BF16 probabilities and output.
 const BOUND: f64 = 5e-3;
 
+/// Queries and context of each sequence.
+type List = Vec<(usize, usize)>;
+
 /// All cases: (queries, context) of each sequence.
 pub(crate) fn cases() -> Vec<Case> {
-    let lists: [(&str, usize, Vec<(usize, usize)>); 6] = [
+    let lists = [
         ("one token", 128, vec![(1, 1)]),
         ("a tile", 16, vec![(128, 128)]),
         (
@@ -34,7 +37,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ("4096", 128, vec![(4096, 4096)]),
         ("16384", 4, vec![(16384, 16384)]),
     ];
-    let case = |(name, heads, list): (&str, usize, Vec<(usize, usize)>)| {
+    let case = |(name, heads, list): (&str, usize, List)| {
         Case::new(format!("mla_prefill heads {heads} {name}"), move |h| {
             check(h, heads, &list)
         })
