@@ -85,7 +85,7 @@ fn table<'a>(text: &mut String, args: impl Iterator<Item = &'a Arg>) -> fmt::Res
         if !choices.is_empty() {
             write!(meaning, ": {}", choices.join(", "))?;
         }
-        let meaning = meaning.replace('|', "\\|");
+        let (flag, meaning) = (flag.replace('|', "\\|"), meaning.replace('|', "\\|"));
         writeln!(
             text,
             "| `{flag}` | {variable} | {} | {meaning} |",

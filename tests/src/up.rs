@@ -16,10 +16,13 @@ use std::{
 /// How long a deployment may take to start, or a test to see what it waits for. Generous: machines of tests are slow.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The `hadal` program, built when the first test asks for it.
+/// The `hadal` program: the one that HADAL_TEST_PROGRAM names, or built when the first test asks for it.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
+        if let Some(built) = std::env::var_os("HADAL_TEST_PROGRAM") {
+            return built.into();
+        }
         let output = Command::new(env!("CARGO"))
             .args(["build", "--package", "hadal", "--message-format", "json"])
             .current_dir(env!("CARGO_MANIFEST_DIR"))

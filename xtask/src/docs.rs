@@ -1,7 +1,7 @@
 //! The generated pages: `docs/reference/flags.md`, `docs/reference/metrics.md` and the table of layers in
 //! `ARCHITECTURE.md`. The `hadal` command writes the first two itself, from its own flags and metric definitions.
 
-use std::fs;
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, bail, ensure};
 
@@ -19,12 +19,12 @@ const USERS: &[&str] = &[
     "router/src",
 ];
 
-/// Writes every page, or with `check` fails where one is out of date.
-pub(crate) fn run(check: bool) -> anyhow::Result<()> {
+/// Writes every page, or with `check` fails where one is out of date. `hadal` is the built command.
+pub(crate) fn run(check: bool, hadal: &Path) -> anyhow::Result<()> {
     let architecture = read("ARCHITECTURE.md")?;
     let pages = [
-        ("docs/reference/flags.md", reference("flags")?),
-        ("docs/reference/metrics.md", reference("metrics")?),
+        ("docs/reference/flags.md", reference(hadal, "flags")?),
+        ("docs/reference/metrics.md", reference(hadal, "metrics")?),
         (
             "ARCHITECTURE.md",
             with_layers(&architecture, &layers::markdown())?,
@@ -62,17 +62,9 @@ fn read(path: &str) -> anyhow::Result<String> {
 }
 
 /// What `hadal reference <what>` prints.
-fn reference(what: &str) -> anyhow::Result<String> {
-    let output = workspace::cargo()
-        .args([
-            "run",
-            "--quiet",
-            "--package",
-            "hadal",
-            "--",
-            "reference",
-            what,
-        ])
+fn reference(hadal: &Path, what: &str) -> anyhow::Result<String> {
+    let output = Command::new(hadal)
+        .args(["reference", what])
         .output()
         .context("running hadal")?;
     ensure!(
@@ -107,7 +99,7 @@ fn unused_metrics() -> anyhow::Result<Vec<String>> {
         .collect())
 }
 
-fn append_sources(folder: &std::path::Path, text: &mut String) -> anyhow::Result<()> {
+fn append_sources(folder: &Path, text: &mut String) -> anyhow::Result<()> {
     let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
     for entry in entries {
         let path = entry?.path();

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Test(args) => test::run(&args),
         Task::Layers => layers::run(),
-        Task::Docs { check } => docs::run(check),
+        Task::Docs { check } => workspace::build_hadal().and_then(|hadal| docs::run(check, &hadal)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,9 @@
 //! `cargo xtask test`: every check and every test, and one line at the end that says how it went.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
 
@@ -48,18 +51,27 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         });
     }
     let mut counts = Counts::default();
-    steps.step("tests", || tests(args, &mut counts));
-    if !args.tests_only {
-        steps.step("pages", || docs::run(true));
+    let mut hadal = None;
+    steps.step("build", || {
+        hadal = Some(workspace::build_hadal()?);
+        Ok(())
+    });
+    if let Some(hadal) = hadal {
+        steps.step("tests", || tests(args, &hadal, &mut counts));
+        if !args.tests_only {
+            steps.step("pages", || docs::run(true, &hadal));
+        }
     }
     steps.finish(counts)
 }
 
-fn tests(args: &Args, counts: &mut Counts) -> anyhow::Result<()> {
+fn tests(args: &Args, hadal: &Path, counts: &mut Counts) -> anyhow::Result<()> {
     let python = python::interpreter().context("installing what the end-to-end tests need")?;
     let mut command = workspace::cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
-    command.env("HADAL_TEST_PYTHON", python);
+    command
+        .env("HADAL_TEST_PYTHON", python)
+        .env("HADAL_TEST_PROGRAM", hadal);
     if let Some(filter) = &args.filter {
         command.arg(filter);
     }

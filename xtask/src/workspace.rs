@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context, ensure};
@@ -45,6 +45,32 @@ struct Metadata {
     packages: Vec<Package>,
 }
 
+/// Builds the `hadal` command as the tests' build does, so that their dependencies are compiled once for both, and gives
+/// its path.
+pub(crate) fn build_hadal() -> anyhow::Result<PathBuf> {
+    let output = cargo()
+        .args(["build", "--workspace", "--bins", "--tests"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("running cargo build")?;
+    ensure!(output.status.success(), "the workspace does not build");
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .find_map(hadal_executable)
+        .context("cargo did not say where it put hadal")
+}
+
+/// The path in Cargo's message about the finished `hadal` program.
+fn hadal_executable(message: &str) -> Option<PathBuf> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    let is_hadal = message["target"]["name"] == "hadal" && message["profile"]["test"] == false;
+    message["executable"]
+        .as_str()
+        .filter(|_| is_hadal)
+        .map(PathBuf::from)
+}
+
 /// The workspace's packages as Cargo sees them.
 pub(crate) fn packages() -> anyhow::Result<Vec<Package>> {
     let output = cargo()
@@ -59,4 +85,30 @@ pub(crate) fn packages() -> anyhow::Result<Vec<Package>> {
     let metadata: Metadata =
         serde_json::from_slice(&output.stdout).context("reading cargo metadata")?;
     Ok(metadata.packages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_program_itself_is_taken_from_cargo_s_messages() {
+        let message = |name: &str, test: bool| {
+            serde_json::json!({
+                "target": {"name": name}, "profile": {"test": test}, "executable": "/t/x",
+            })
+            .to_string()
+        };
+        assert_eq!(
+            hadal_executable(&message("hadal", false)),
+            Some("/t/x".into())
+        );
+        assert_eq!(
+            hadal_executable(&message("hadal", true)),
+            None,
+            "its unit tests"
+        );
+        assert_eq!(hadal_executable(&message("router", false)), None);
+        assert_eq!(hadal_executable("no JSON"), None);
+    }
 }
