@@ -48,7 +48,7 @@ impl<R: Runner> Core<R> {
                 Ok(Some(finish)) => ended.push((index, Event::Finished(finish))),
                 Err(bad) => {
                     // The KV behind such logits must not be found again.
-                    if let Some(held) = &sequence.held {
+                    if let (BadLogits::NotANumber, Some(held)) = (bad, &sequence.held) {
                         held.blocks().withdraw();
                     }
                     ended.push((index, Event::Failed(Error::Network(bad.to_string()))));

@@ -222,6 +222,10 @@ fn adjust(logits: &mut [f32], sampling: &Sampling, stop: &Stop, history: &Histor
                 sampling.presence_penalty + sampling.frequency_penalty * count as f32;
         }
     }
+    // Settings can be absurd without being wrong; what comes of them must still be a distribution.
+    for x in logits {
+        *x = x.min(f32::MAX);
+    }
 }
 
 #[cfg(test)]

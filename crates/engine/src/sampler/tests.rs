@@ -198,6 +198,43 @@ fn bias_moves_tokens_and_reports_the_models_own_logprob() {
 }
 
 #[test]
+fn absurd_settings_still_give_a_possible_token() {
+    let history = History::new(&[0, 1, 1], 1, &neutral());
+    let absurd = [
+        Sampling {
+            frequency_penalty: f32::MIN,
+            ..neutral()
+        },
+        Sampling {
+            presence_penalty: f32::MAX,
+            frequency_penalty: f32::MIN,
+            ..neutral()
+        },
+        Sampling {
+            logit_bias: vec![(0, f32::MAX), (1, f32::MAX)],
+            ..neutral()
+        },
+        Sampling {
+            temperature: f32::MIN_POSITIVE,
+            ..neutral()
+        },
+        Sampling {
+            temperature: f32::MAX,
+            ..neutral()
+        },
+    ];
+    for sampling in absurd {
+        choose_with(
+            &[f32::MAX, 1.0, -3.0],
+            &sampling,
+            &Stop::default(),
+            &history,
+            0,
+        );
+    }
+}
+
+#[test]
 fn stop_tokens_wait_for_min_tokens() {
     let stop = Stop {
         tokens: vec![1],
