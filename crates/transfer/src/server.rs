@@ -150,7 +150,8 @@ impl<B: Reserved> Push<B> {
                 Err(Status::aborted("the lease ended, or a newer stream carries this transfer"))
             }
             () = tokio::time::sleep(idle) => {
-                Err(Status::deadline_exceeded("the stream said nothing for too long"))
+                // Not the transfer's end: the sender may open another when it has something to say.
+                Err(Status::unavailable("the stream said nothing for too long"))
             }
         }
     }

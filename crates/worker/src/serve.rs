@@ -73,7 +73,7 @@ fn server() -> Server {
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
 }
 
 /// Serves until `stop` is cancelled or somebody calls `Drain`, then drains. Health turns ready when everything is
