@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds libcuda.so, the host emulation of the kernels, into the folder given (needs g++ with C++20):
-#   sh build.sh DIR && HADAL_KERNEL_CACHE=DIR LD_LIBRARY_PATH=DIR cargo run --release -p kernels --bin device -- check FILTER
+# Builds libcuda.so and libnvrtc.so, the host emulation of the kernels, into the folder given (needs g++ with C++20):
+#   sh build.sh DIR && LD_LIBRARY_PATH=DIR cargo run --release -p kernels --bin device -- check FILTER
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -20,4 +20,5 @@ for file in "$here"/../*.cu; do
             sed -e 's/__launch_bounds__([^)]*)//' -e 's/.*void *\([a-z0-9_]*\)(.*/\1/' | grep -v NAME || true
     } | grep . | sed "s/.*/KERNEL($name, &)/" >>"$out/kernels.inc"
 done
-g++ -std=c++20 -O2 -w -fPIC -shared -include wgmma.cuh -I"$here" -I"$out" -o "$out/libcuda.so" "$here/emulator.cpp"
+g++ -std=c++20 -O2 -w -fPIC -shared -Wno-psabi -include wgmma.cuh -I"$here" -I"$out" -o "$out/libcuda.so" "$here/emulator.cpp"
+ln -sf libcuda.so "$out/libnvrtc.so"

@@ -1,4 +1,4 @@
-// A libcuda.so that runs this folder's kernels on the host, so that `device check` can be run where there is no GPU.
+// A libcuda.so (and libnvrtc.so) that runs this folder's kernels on the host, so that `device check` can be run where there is no GPU.
 //
 // Every CUDA thread is a fibre with a stack of its own; one OS thread runs them in turn and switches where a thread waits for
 // others. The blocks of a cluster run together, clusters one after the other. build.sh compiles the kernels into it.
@@ -294,6 +294,15 @@ struct Config {
     }* attributes;
     u32 count;
 };
+
+// NVRTC: the kernels are in here already, so a program is a byte of nothing.
+Result nvrtcCreateProgram(void** p, const char*, const char*, int, const char* const*, const char* const*) { return *p = (void*)5, 0; }
+Result nvrtcCompileProgram(void*, int, const char* const*) { return 0; }
+Result nvrtcGetCUBINSize(void*, size_t* n) { return *n = 1, 0; }
+Result nvrtcGetCUBIN(void*, char* code) { return *code = 0, 0; }
+Result nvrtcGetProgramLogSize(void*, size_t* n) { return *n = 1, 0; }
+Result nvrtcGetProgramLog(void*, char* log) { return *log = 0, 0; }
+Result nvrtcDestroyProgram(void** p) { return *p = nullptr, 0; }
 
 Result cuInit(u32) { return 0; }
 Result cuDeviceGet(int* d, int) { return *d = 0; }

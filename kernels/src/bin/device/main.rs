@@ -18,8 +18,8 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words[..] {
-        ["check"] => run(check::run, ""),
-        ["check", filter] => run(check::run, filter),
+        ["check"] => run(|h, f| Ok(check::run(h, f)), ""),
+        ["check", filter] => run(|h, f| Ok(check::run(h, f)), filter),
         ["bench"] => run(bench::run, ""),
         ["bench", filter] => run(bench::run, filter),
         ["compile", dir] => compile(Path::new(dir)),

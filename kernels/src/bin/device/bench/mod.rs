@@ -20,8 +20,9 @@ pub(crate) struct Case {
     run: Run,
 }
 
-/// Times the cases whose name contains `filter`.
+/// Times the cases whose name contains `filter`; true when all ran.
 pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
+    let mut complete = true;
     println!("copy ruler before: {:.0} GB/s", harness.copy_rate()?);
     println!(
         "{:<64} {:>9} {:>8} {:>7} {:>9} {:>6} {:>6}  burst ms, peer",
@@ -32,7 +33,14 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
         .chain(mla::cases())
         .chain(small::cases());
     for case in cases.filter(|case| case.name.contains(filter)) {
-        let timing = (case.run)(harness).map_err(|e| format!("{}: {e}", case.name))?;
+        let timing = match (case.run)(harness) {
+            Ok(timing) => timing,
+            Err(error) => {
+                complete = false;
+                println!("{:<64} FAILED: {error}", case.name);
+                continue;
+            }
+        };
         let (peer, ratio, name) = match case.peer {
             Some((us, name)) => (format!("{us:.1}"), format!("{:.2}", timing.us / us), name),
             None => ("-".into(), "-".into(), ""),
@@ -51,5 +59,5 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
         );
     }
     println!("copy ruler after: {:.0} GB/s", harness.copy_rate()?);
-    Ok(true)
+    Ok(complete)
 }
