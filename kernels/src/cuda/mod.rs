@@ -20,6 +20,7 @@ pub mod pointwise;
 pub mod prefill;
 pub mod probe;
 pub mod routing;
+pub mod rows;
 pub mod sampling;
 
 pub use gpu::Gpu;

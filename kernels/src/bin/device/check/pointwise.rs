@@ -3,6 +3,7 @@
 use cudarc::driver::CudaSlice;
 use kernels::cuda::pointwise::{self, CacheInputs, HeadColumns, Output, Quantised, Scale};
 use kernels::cuda::probe::Kind;
+use kernels::cuda::rows;
 use kernels::fp8;
 
 use super::{Case, Found};
@@ -429,38 +430,38 @@ fn cache_write(h: &Harness, rows: usize) -> Result<Found> {
     Ok(Found::new(&error, BOUND, true, wrong))
 }
 
-fn row_moves(h: &Harness, rows: usize) -> Result<Found> {
+fn row_moves(h: &Harness, count: usize) -> Result<Found> {
     const BYTES: usize = 7168 * 2;
     let mut random = Random(8);
     let mut index: Vec<i32> = (0..100).collect();
     for i in (1..index.len()).rev() {
         index.swap(i, random.below(i + 1));
     }
-    index.truncate(rows);
+    index.truncate(count);
     let table = h.random::<u8>(100 * BYTES, Kind::Fp8Normal, 100.0, 1)?;
     let (picked, back) = (
-        h.poisoned::<u8>(rows * BYTES)?,
+        h.poisoned::<u8>(count * BYTES)?,
         h.poisoned::<u8>(100 * BYTES)?,
     );
     let device_index = h.upload(&index)?;
     let (index_span, picked_span) = (h.span(&device_index), h.span(&picked));
-    pointwise::gather(
+    rows::gather(
         &h.gpu,
         &h.stream,
         h.span(&table),
         picked_span,
         index_span,
-        rows,
+        count,
         BYTES,
         false,
     )?;
-    pointwise::scatter(
+    rows::scatter(
         &h.gpu,
         &h.stream,
         picked_span,
         h.span(&back),
         index_span,
-        rows,
+        count,
         BYTES,
         false,
     )?;
