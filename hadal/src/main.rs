@@ -50,10 +50,39 @@ enum Command {
     },
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let Cli { log, command } = Cli::parse();
-    if let Err(error) = telemetry::log::init(&log) {
+impl Command {
+    /// What this process itself logs. A command that speaks with a person prints what matters; unless asked, only
+    /// warnings stand between.
+    fn own_log(&self, log: &telemetry::log::Args) -> telemetry::log::Args {
+        let is_role = matches!(
+            self,
+            Self::PrefillWorker(_) | Self::DecodeWorker(_) | Self::Router(_)
+        );
+        let mut own = log.clone();
+        if !is_role && own.log == "info" {
+            own.log = "warn".into();
+        }
+        own
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: starting threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(run(cli));
+    // Not dropped: that would wait for a thread that may sit in `read` on a terminal.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(Cli { log, command }: Cli) -> ExitCode {
+    if let Err(error) = telemetry::log::init(&command.own_log(&log)) {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }

@@ -54,6 +54,14 @@ fn one_question_is_answered_through_two_pools_and_nothing_is_left_behind() {
 }
 
 #[test]
+fn the_demo_checkpoint_is_found_and_answers_right() {
+    let _alone = alone();
+    let output = hadal(&[&["up", "--quiet", "--once", "What is 17 + 25?"], &ANY[..]].concat());
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert_eq!((text(&output.stdout), text(&output.stderr)), ("42\n".into(), String::new()));
+}
+
+#[test]
 fn combined_workers_answer_without_moving_anything() {
     let _alone = alone();
     let flags = ["--mode", "combined", "--decode", "1", "--once", "hello"];

@@ -24,7 +24,7 @@ const SCRAPE: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Report {
     first_token: Duration,
-    /// From the first token to the last.
+    /// From the first token to the end.
     rest: Duration,
     prompt_tokens: u64,
     completion_tokens: u64,
@@ -53,12 +53,11 @@ pub(super) async fn ask(
     });
     let asked = Instant::now();
     let mut events = client.stream("/v1/chat/completions", &body).await?;
-    let (mut first, mut last, mut usage) = (None, asked, Value::Null);
+    let (mut first, mut usage) = (None, Value::Null);
     let mut out = std::io::stdout().lock();
     while let Some(chunk) = events.next().await? {
         if let Some(text) = delta_text(&chunk) {
-            last = Instant::now();
-            first.get_or_insert(last);
+            first.get_or_insert_with(Instant::now);
             out.write_all(text.as_bytes())
                 .and_then(|()| out.flush())
                 .context("printing")?;
@@ -67,6 +66,8 @@ pub(super) async fn ask(
             usage = chunk["usage"].clone();
         }
     }
+    // The last token may be a silent one, so that the end of the stream is what tells when it came.
+    let end = Instant::now();
     writeln!(out).context("printing")?;
     drop(out);
     let Some(first) = first else {
@@ -75,7 +76,7 @@ pub(super) async fn ask(
     let (sent, received) = difference(&before, &scrape(workers).await);
     Ok(Report {
         first_token: first - asked,
-        rest: last - first,
+        rest: end - first,
         prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or_default(),
         completion_tokens: usage["completion_tokens"].as_u64().unwrap_or_default(),
         sent,
