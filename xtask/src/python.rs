@@ -1,5 +1,4 @@
-//! The Python environment of the end-to-end tests: a virtual environment outside the tree, made again when the
-//! requirements change.
+//! Python environments of tests: virtual environments outside the tree, made again when their requirements change.
 
 use std::{
     env, fs,
@@ -11,20 +10,17 @@ use anyhow::{Context, ensure};
 
 use crate::{run, workspace};
 
-/// What the environment holds, from the root.
-const REQUIREMENTS: &str = "tests/e2e/requirements.txt";
-
-/// The interpreter of an environment with everything that [`REQUIREMENTS`] names.
-pub(crate) fn interpreter() -> anyhow::Result<PathBuf> {
-    let requirements = workspace::root().join(REQUIREMENTS);
-    let wanted =
-        fs::read_to_string(&requirements).with_context(|| format!("reading {REQUIREMENTS}"))?;
-    let folder = cache()?.join("python");
+/// The interpreter of the environment `name` with everything that a requirements file (from the root) names.
+pub(crate) fn interpreter(name: &str, requirements: &str) -> anyhow::Result<PathBuf> {
+    let shown = requirements;
+    let requirements = workspace::root().join(requirements);
+    let wanted = fs::read_to_string(&requirements).with_context(|| format!("reading {shown}"))?;
+    let folder = cache()?.join("python").join(name);
     let (python, mark) = (folder.join("bin/python"), folder.join("requirements.txt"));
     if fs::read_to_string(&mark).is_ok_and(|installed| installed == wanted) && starts(&python) {
         return Ok(python);
     }
-    eprintln!("installing {REQUIREMENTS} into {}", folder.display());
+    eprintln!("installing {shown} into {}", folder.display());
     run::run(
         Command::new("python3")
             .args(["-m", "venv", "--clear"])

@@ -2,6 +2,7 @@
 
 use std::{
     path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,7 @@ use crate::{docs, layers, python, run, workspace};
 /// What to run.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Also what takes long: ignored tests, and more seeds where a test asks for HADAL_DEEP
+    /// Also what takes long: ignored tests, CUDA kernels compiled, more seeds where a test takes HADAL_DEEP
     #[arg(long)]
     deep: bool,
     /// Only tests, not formatting, lints, layers and pages
@@ -56,6 +57,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         hadal = Some(workspace::build_hadal()?);
         Ok(())
     });
+    if args.deep {
+        steps.step("CUDA kernels", compile_kernels);
+    }
     if let Some(hadal) = hadal {
         steps.step("tests", || tests(args, &hadal, &mut counts));
         if !args.tests_only {
@@ -65,8 +69,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     steps.finish(counts)
 }
 
+/// Compiles every CUDA kernel with a compiler from the package registry: no GPU and no toolkit needed.
+fn compile_kernels() -> anyhow::Result<()> {
+    let python = python::interpreter("cuda", "kernels/cuda/requirements.txt")?;
+    run::run(Command::new(python).arg(workspace::root().join("kernels/cuda/compile.py")))
+}
+
 fn tests(args: &Args, hadal: &Path, counts: &mut Counts) -> anyhow::Result<()> {
-    let python = python::interpreter().context("installing what the end-to-end tests need")?;
+    let python = python::interpreter("e2e", "tests/e2e/requirements.txt")
+        .context("installing what the end-to-end tests need")?;
     let mut command = workspace::cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
     command
