@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ def measure(directory, precision, rounds):
         ours, theirs = [], {}
         for done in range(rounds):
             ours.append(hadal.seconds(*case))
+            print(f"{what} {batch}: round {done + 1}", file=sys.stderr)
             for number, (model, name) in enumerate(others):
                 # After the first round only what came within half again of the best goes on.
                 if done and theirs[number][0] > 1.5 * min(t[0] for t in theirs.values()):
