@@ -2,11 +2,12 @@
 
     python hf_bench.py --model DIR                 any checkpoint
     python hf_bench.py --random bf16|fp8           a random one of 300 M parameters
-    [--precision P] [--rounds 5]
+    [--precision P] [--rounds 5] [--threads N]
 
 Both stay loaded; rounds alternate between them, so that whatever else the machine does falls on both. Printed are the
 medians over the rounds in tokens a second and their ratio. Hugging Face runs in BF16 and in float32, and with each way of
-computing experts it has: its best figure counts. Build first: cargo bench -p model --bench steps --no-run
+computing experts it has: its best figure counts. With --threads 1 both are timed in processor seconds of that thread,
+which a busy machine distorts little; otherwise by the wall clock. Build first: cargo bench -p model --bench steps --no-run
 """
 
 import argparse
@@ -51,33 +52,36 @@ MEDIUM = {
 
 
 class Hadal:
-    def __init__(self, directory, precision):
-        command = ["cargo", "bench", "-q", "-p", "model", "--bench", "steps", "--", str(directory)]
+    def __init__(self, directory, precision, threads):
+        command = ["cargo", "bench", "-q", "-p", "model", "--bench", "steps", "--"]
+        command += [str(directory), str(threads)]
         command += [precision] if precision else []
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
         ready, self.precision, self.threads = self.process.stdout.readline().split()
         assert ready == "ready"
+        self.clock = 1 if threads == 1 else 0
 
     def seconds(self, what, batch, tokens, steps):
         print(what, batch, tokens, steps or "", file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
+        return float(self.process.stdout.readline().split()[self.clock])
 
 
 class HuggingFace:
-    def __init__(self, directory, dtype):
+    def __init__(self, directory, dtype, threads):
         self.model, self.dtype = hf.load(directory, dtype), dtype
+        self.clock = time.thread_time if threads == 1 else time.perf_counter
         self.vocab = self.model.config.vocab_size
 
     @torch.no_grad()
     def seconds(self, what, batch, tokens, steps):
         ids = torch.arange(batch * tokens).mul(31).remainder(self.vocab).view(batch, tokens)
-        start = time.perf_counter()
+        start = self.clock()
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         if what == "prefill":
-            return time.perf_counter() - start
+            return self.clock() - start
         next_ids = ids[:, :1]
-        start = time.perf_counter()
+        start = self.clock()
         for _ in range(steps):
             out = self.model(
                 input_ids=next_ids,
@@ -85,7 +89,7 @@ class HuggingFace:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def variants(self):
         """Ways of computing experts that work here."""
@@ -98,11 +102,11 @@ class HuggingFace:
                 print(f"({name} on {self.dtype}: {type(error).__name__})")
 
 
-def measure(directory, precision, rounds):
-    hadal = Hadal(directory, precision)
-    torch.set_num_threads(int(hadal.threads))
+def measure(directory, precision, rounds, threads):
+    hadal = Hadal(directory, precision, threads)
+    torch.set_num_threads(threads)
     others = [(model, name) for dtype in (torch.bfloat16, torch.float32)
-              for model in [HuggingFace(directory, dtype)] for name in model.variants()]
+              for model in [HuggingFace(directory, dtype, threads)] for name in model.variants()]
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} CPUs (load {load:.1f}), {hadal.threads} threads each; Hadal {hadal.precision}", flush=True)
     for case in CASES:
@@ -136,15 +140,16 @@ def main():
     source.add_argument("--random", choices=["bf16", "fp8"])
     parser.add_argument("--precision")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.model:
-        return measure(args.model, args.precision, args.rounds)
+        return measure(args.model, args.precision, args.rounds, args.threads)
     with tempfile.TemporaryDirectory() as folder:
         make = checkpoint.fp8_config if args.random == "fp8" else checkpoint.base_config
         config = make(**MEDIUM)
         tensors = checkpoint.random_tensors(config, args.random, 0)
         checkpoint.write(folder, config, tensors)
-        measure(folder, args.precision, args.rounds)
+        measure(folder, args.precision, args.rounds, args.threads)
 
 
 if __name__ == "__main__":

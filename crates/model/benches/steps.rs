@@ -1,7 +1,8 @@
 //! Times steps of a checkpoint's network on the CPU, on request: the Hadal side of `tests/reference/hf_bench.py`.
 //!
-//! `cargo bench -p model --bench steps -- DIR [PRECISION]` loads the checkpoint and answers each line of standard input
-//! (`prefill BATCH TOKENS` or `decode BATCH CONTEXT STEPS`) with the seconds it took, weights and cache being warm.
+//! `cargo bench -p model --bench steps -- DIR THREADS [PRECISION]` loads the checkpoint and answers each line of standard
+//! input (`prefill BATCH TOKENS` or `decode BATCH CONTEXT STEPS`) with the seconds it took, weights and cache being warm,
+//! and the main thread's processor seconds: with one thread, what a busy machine does not distort.
 
 use std::{
     io::{self, BufRead as _, Write as _},
@@ -19,6 +20,35 @@ const MAX_SEQUENCES: usize = 16;
 const MAX_CONTEXT: usize = 1024;
 const BLOCKS: usize = MAX_CONTEXT / model::step::BLOCK_TOKENS;
 
+/// Wall clock and the main thread's time on a processor.
+struct Watch {
+    wall: Instant,
+    processor: f64,
+}
+
+impl Watch {
+    fn start() -> Result<Self> {
+        Ok(Self {
+            wall: Instant::now(),
+            processor: processor_seconds()?,
+        })
+    }
+
+    fn stop(&self) -> Result<(f64, f64)> {
+        Ok((
+            self.wall.elapsed().as_secs_f64(),
+            processor_seconds()? - self.processor,
+        ))
+    }
+}
+
+/// Linux: nanoseconds the main thread has run.
+fn processor_seconds() -> Result<f64> {
+    let line = std::fs::read_to_string("/proc/self/schedstat")?;
+    let nanoseconds = line.split_whitespace().next().ok_or("schedstat is empty")?;
+    Ok(nanoseconds.parse::<f64>()? * 1e-9)
+}
+
 struct Bench {
     network: Network<Cpu>,
     scratch: Scratch<Cpu>,
@@ -34,6 +64,7 @@ fn main() -> Result<()> {
         return Ok(());
     };
     let checkpoint = Checkpoint::open(&PathBuf::from(directory))?;
+    let threads = args.next().ok_or("number of threads is missing")?.parse()?;
     let precision = args.next().map(|name| name.parse()).transpose()?;
     let precision = precision.unwrap_or_else(|| checkpoint.precision());
     let limits = Limits {
@@ -45,7 +76,6 @@ fn main() -> Result<()> {
         max_states: 0,
         mtp: false,
     };
-    let threads = std::thread::available_parallelism()?.get();
     let backend = Arc::new(Cpu::new(threads));
     let network = Network::load(backend, &checkpoint, precision, limits, &mut |_| {})?;
     let (scratch, cache) = (network.scratch()?, network.cache(MAX_SEQUENCES * BLOCKS)?);
@@ -57,14 +87,15 @@ fn main() -> Result<()> {
     };
     println!("ready {precision} {threads}");
     for line in io::stdin().lock().lines() {
-        println!("{}", bench.answer(&line?)?);
+        let (wall, processor) = bench.answer(&line?)?;
+        println!("{wall} {processor}");
         io::stdout().flush()?;
     }
     Ok(())
 }
 
 impl Bench {
-    fn answer(&mut self, line: &str) -> Result<f64> {
+    fn answer(&mut self, line: &str) -> Result<(f64, f64)> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = |at: usize| -> Result<usize> {
             Ok(words.get(at).ok_or("a number is missing")?.parse()?)
@@ -73,18 +104,18 @@ impl Bench {
         match words.first() {
             Some(&"prefill") => {
                 let tokens = number(2)?;
-                let start = Instant::now();
+                let start = Watch::start()?;
                 self.step(batch, 0, tokens)?;
-                Ok(start.elapsed().as_secs_f64())
+                start.stop()
             }
             Some(&"decode") => {
                 let context = number(2)?;
                 self.step(batch, 0, context)?;
-                let start = Instant::now();
+                let start = Watch::start()?;
                 for step in 0..number(3)? {
                     self.step(batch, context + step, 1)?;
                 }
-                Ok(start.elapsed().as_secs_f64())
+                start.stop()
             }
             _ => Err(format!("\"{line}\" is neither prefill nor decode").into()),
         }
