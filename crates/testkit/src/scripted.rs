@@ -3,7 +3,7 @@
 //! For the simulator and for tests of workers: tokens are a pure function of sequence and seed ([`ToyConfig::greedy`]
 //! says which), KV bytes are checked wherever they are used, and everything happens in the order of simulated time.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use engine::{
     Options,
@@ -29,11 +29,16 @@ pub struct Scripted {
 }
 
 /// Makes the steps of a [`Scripted`] engine.
-#[derive(Debug)]
 pub struct Stepper {
     driver: Driver<Toy>,
     woken: Arc<Notify>,
-    step: Duration,
+    pace: Box<dyn Fn() -> Duration + Send>,
+}
+
+impl fmt::Debug for Stepper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stepper").finish_non_exhaustive()
+    }
 }
 
 impl Scripted {
@@ -42,6 +47,19 @@ impl Scripted {
     /// # Panics
     /// If the options do not fit the network: the test is wrong then.
     pub fn new(config: &ToyConfig, options: Options, step: Duration, poison: bool) -> Self {
+        Self::paced(config, options, move || step, poison)
+    }
+
+    /// As [`Scripted::new`], with a time for each step that may change.
+    ///
+    /// # Panics
+    /// As [`Scripted::new`].
+    pub fn paced(
+        config: &ToyConfig,
+        options: Options,
+        pace: impl Fn() -> Duration + Send + 'static,
+        poison: bool,
+    ) -> Self {
         let (toy, violations) = Toy::new(config.clone());
         let pool = if poison {
             Pool::poisoning(engine::Runner::memory(&toy), &config.revision)
@@ -62,7 +80,7 @@ impl Scripted {
             stepper: Stepper {
                 driver,
                 woken,
-                step,
+                pace: Box::new(pace),
             },
             violations,
         }
@@ -74,7 +92,7 @@ impl Stepper {
     pub async fn run(mut self) {
         loop {
             match self.driver.tick() {
-                Progress::Worked | Progress::Stuck => sleep(self.step).await,
+                Progress::Worked | Progress::Stuck => sleep((self.pace)()).await,
                 Progress::Idle => self.woken.notified().await,
                 Progress::Stopped => return,
             }

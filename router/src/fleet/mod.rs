@@ -16,7 +16,7 @@ use std::{
 
 use parking_lot::RwLock;
 use telemetry::shutdown::Tasks;
-use tokio::sync::watch;
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -66,7 +66,8 @@ impl FleetConfig {
 pub(crate) struct Fleet {
     workers: RwLock<Arc<[Arc<Worker>]>>,
     connections: AtomicU64,
-    version: watch::Sender<u64>,
+    /// Wakes whoever waits in the order in which they came (a watch channel would not): a simulation repeats exactly.
+    changed: broadcast::Sender<()>,
 }
 
 impl Fleet {
@@ -74,7 +75,7 @@ impl Fleet {
         Arc::new(Self {
             workers: RwLock::new(Arc::new([])),
             connections: AtomicU64::new(0),
-            version: watch::Sender::new(0),
+            changed: broadcast::Sender::new(1),
         })
     }
 
@@ -84,8 +85,8 @@ impl Fleet {
     }
 
     /// Follows changes: of the list, of loads, of drains.
-    pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
-        self.version.subscribe()
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<()> {
+        self.changed.subscribe()
     }
 
     fn connections(&self) -> u64 {
@@ -93,7 +94,8 @@ impl Fleet {
     }
 
     fn changed(&self) {
-        self.version.send_modify(|version| *version += 1);
+        // Nobody may be waiting.
+        let _ = self.changed.send(());
     }
 
     /// Adds a worker for as long as what is returned lives.

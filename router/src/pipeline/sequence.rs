@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 use openai::ApiError;
+use planted::Bug;
 use proto::v1::{
     self, DecodeRequest, DecodeResponse, FinishReason, RequestKey, ReserveRequest, RunRequest,
     RunResponse, TransferTarget, decode_response, run_response,
@@ -440,6 +441,9 @@ impl Sequence {
     async fn recover(&mut self, failure: Failure) -> Result<(), ApiError> {
         // Drops the attempt's streams and lease, which cancels it at the workers.
         self.stage = Stage::Idle;
+        if planted::is(Bug::TokenTwice) && self.produced() > 0 {
+            self.spec.tokens.pop();
+        }
         let Failure {
             verdict,
             detail,
@@ -514,7 +518,7 @@ impl Sequence {
         let until = self.bound(shared.config.timeouts.no_worker);
         let mut is_counted = false;
         loop {
-            changes.mark_unchanged();
+            changes = changes.resubscribe();
             let wish = Wish {
                 mode: shared.config.mode,
                 policy: shared.config.policy,
@@ -537,7 +541,7 @@ impl Sequence {
             }
             // A breaker that may be tried again makes no change: look again now and then.
             let soon = Instant::now() + Duration::from_millis(500);
-            if tokio::time::timeout_at(until.min(soon), changes.changed())
+            if tokio::time::timeout_at(until.min(soon), changes.recv())
                 .await
                 .is_err()
                 && Instant::now() >= until
@@ -579,11 +583,15 @@ impl Sequence {
     }
 
     fn sequence(&self) -> v1::Sequence {
+        let mut sampling = self.spec.sampling.clone();
+        if planted::is(Bug::SeedLost) && self.attempt > 1 {
+            sampling.seed ^= 1;
+        }
         v1::Sequence {
             key: Some(self.key()),
             tokens: self.spec.tokens.clone(),
             prompt_tokens: self.prompt_tokens(),
-            sampling: Some(self.spec.sampling.clone()),
+            sampling: Some(sampling),
             stop: Some(self.spec.stop.clone()),
             deadline_ms: millis(self.spec.deadline.saturating_duration_since(Instant::now())),
             prompt_logprobs: false,

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use planted::Bug;
+
 use crate::{
     checksum,
     geometry::{Piece, Plan},
@@ -272,9 +274,9 @@ impl Lease {
         if stream != self.stream {
             return Err(Refusal::StaleStream);
         }
-        if sums.len() != piece.layers as usize
-            || checksum::piece(self.seed, &piece, sums) != claimed
-        {
+        let is_intact = sums.len() == piece.layers as usize
+            && checksum::piece(self.seed, &piece, sums) == claimed;
+        if !is_intact && !planted::is(Bug::Unverified) {
             return Err(Refusal::Corrupt);
         }
         let first = plan.part(piece.block, piece.first_layer);
@@ -296,10 +298,11 @@ impl Lease {
         if self.writing {
             return Err(Refusal::Busy);
         }
-        if self.sums.iter().any(Option::is_none) {
+        if self.sums.iter().any(Option::is_none) && !planted::is(Bug::BrokenIsFinished) {
             return Err(Refusal::Incomplete);
         }
-        if checksum::seal(self.seed, self.sums.iter().flatten().copied()) != claimed {
+        let is_whole = checksum::seal(self.seed, self.sums.iter().flatten().copied()) == claimed;
+        if !is_whole && !planted::is(Bug::Unverified) && !planted::is(Bug::BrokenIsFinished) {
             self.abort(Ended::Corrupt);
             return Err(Refusal::SealMismatch);
         }

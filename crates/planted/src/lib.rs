@@ -1,0 +1,68 @@
+//! Bugs that other systems really had, kept where they would be, so that the simulator must find each of them again
+//! (reliability.md 4). A test that cannot find them proves nothing about the code without them.
+//!
+//! Code asks [`is`] at the place of a bug. Without the feature `bugs` the answer is always no, and the compiler removes
+//! the question.
+
+/// A bug that can be planted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// A transfer that broke off counts as received (vLLM 52232: failure reported as "finished receiving").
+    BrokenIsFinished,
+    /// Pieces and seal are accepted whatever their checksums say.
+    Unverified,
+    /// An evicted block's hash stays in the prefix index, so that a hit returns reused memory.
+    StalePrefix,
+    /// A request that starts over gives the last token again.
+    TokenTwice,
+    /// A request that starts over draws from another seed.
+    SeedLost,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::BrokenIsFinished,
+        Self::Unverified,
+        Self::StalePrefix,
+        Self::TokenTwice,
+        Self::SeedLost,
+    ];
+}
+
+#[cfg(feature = "bugs")]
+std::thread_local! {
+    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Whether `bug` is planted in this thread.
+#[cfg(feature = "bugs")]
+pub fn is(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}
+
+/// Whether `bug` is planted: never, without the feature.
+#[cfg(not(feature = "bugs"))]
+#[inline]
+pub const fn is(_: Bug) -> bool {
+    false
+}
+
+/// Whether any bug is planted in this thread.
+#[cfg(feature = "bugs")]
+pub fn any() -> bool {
+    PLANTED.get().is_some()
+}
+
+/// Runs `work` with `bug` planted in this thread (a simulation runs in one thread).
+#[cfg(feature = "bugs")]
+pub fn with<T>(bug: Bug, work: impl FnOnce() -> T) -> T {
+    struct Restore(Option<Bug>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            PLANTED.set(self.0);
+        }
+    }
+    let _restore = Restore(PLANTED.replace(Some(bug)));
+    work()
+}
