@@ -55,7 +55,7 @@ impl<R: Runner> Core<R> {
                     continue;
                 }
             }
-            sequence.publish(sequence.computed - lag);
+            sequence.publish(sequence.computed - lag, self.facts.prompts_differ);
         }
         self.runner.count_experts(&self.experts)?;
         self.complete_drafts(&leaving)?;
@@ -79,6 +79,7 @@ impl<R: Runner> Core<R> {
             Row {
                 tokens: &sequence.tokens[..first + tokens],
                 first,
+                prompt: first < sequence.prompt_tokens,
                 blocks: sequence.block_ids(),
                 logits: wanted_logits(sequence, tokens),
                 state: sequence.state.expect("what runs has a state"),
@@ -131,7 +132,7 @@ impl<R: Runner> Core<R> {
             let sequence = &mut self.running[i];
             let end = sequence.computed;
             filled(sequence, layer, end - 1..end, &self.facts, &*self.memory)?;
-            sequence.publish(end);
+            sequence.publish(end, self.facts.prompts_differ);
         }
         Ok(())
     }

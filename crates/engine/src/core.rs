@@ -294,7 +294,11 @@ impl<R: Runner> Core<R> {
 
     fn share(&self) -> Vec<Slice> {
         let need = |sequence: &Sequence| Need {
-            tokens: sequence.uncomputed(),
+            tokens: if self.facts.prompts_differ && sequence.computed < sequence.prompt_tokens {
+                sequence.prompt_tokens - sequence.computed
+            } else {
+                sequence.uncomputed()
+            },
             chunk: if sequence.prompt_logprobs.is_some() {
                 self.limits.chunk_tokens.min(LOGPROB_CHUNK)
             } else {

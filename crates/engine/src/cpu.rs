@@ -15,6 +15,9 @@ use crate::{
     start,
 };
 
+/// Memory for one layer's expanded keys and values, in float32.
+const MAX_EXPANDED_BYTES: usize = 256 << 20;
+
 /// How a checkpoint is served. `None` takes the default named with the field.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
@@ -95,8 +98,8 @@ pub fn start_checkpoint(
         max_tokens: options.step_tokens,
         max_sequences: options.max_running,
         max_context: max_model_len,
-        max_expanded_context: 0,
-        expanded_from: usize::MAX,
+        max_expanded_context: expanded_context(&sizes.attention, max_model_len),
+        expanded_from: 1,
         max_states: options.max_running,
         mtp,
     };
@@ -113,6 +116,17 @@ pub fn start_checkpoint(
         "engine starts"
     );
     Ok(start(runner, Pool::new(blocks, &revision), options)?)
+}
+
+/// The longest context whose keys and values are expanded: all or none, so that the form never depends on a prompt's
+/// length; none where one layer's keys and values of a whole context would take too much memory.
+fn expanded_context(attention: &model::config::Attention, max_model_len: usize) -> usize {
+    let bytes = max_model_len * attention.heads * (attention.qk() + attention.v) * 4;
+    if bytes <= MAX_EXPANDED_BYTES {
+        max_model_len
+    } else {
+        0
+    }
 }
 
 /// About what the weights take in memory: the checkpoint's bytes, wider where they are kept wider than stored.

@@ -13,14 +13,15 @@ use crate::{
 
 /// A loaded network, its cache and the memory of its steps.
 ///
-/// All attention is computed in the absorbed form, prompts too: so a token's bits depend on the tokens before it and on
-/// nothing else, not on chunks, on what of its prefix was cached, or on where it was computed first. Replays after a
-/// preemption or on another worker are exact.
+/// Prompts are computed in the expanded form (unless the network's limits leave no room for it), generated tokens in the
+/// absorbed one, whatever the length: so a token's bits depend on the sequence alone, not on chunks, on what of its prefix
+/// was cached, or on where it was computed first. Replays after a preemption or on another worker are exact.
 pub struct NetworkRunner<B: Backend> {
     network: Network<B>,
     scratch: Scratch<B>,
     cache: Arc<B::Cache>,
     facts: Facts,
+    prompt_form: Form,
 }
 
 impl<B: Backend> NetworkRunner<B> {
@@ -32,6 +33,11 @@ impl<B: Backend> NetworkRunner<B> {
         let config = network.config();
         let limits = network.limits();
         let draft_layer = network.kv_layers() > config.layers;
+        let prompt_form = if limits.max_expanded_context >= limits.max_context {
+            Form::Expanded
+        } else {
+            Form::Absorbed
+        };
         let facts = Facts {
             vocab_size: config.vocab_size,
             max_model_len: limits.max_context,
@@ -49,6 +55,7 @@ impl<B: Backend> NetworkRunner<B> {
                 dtype: network.cache_dtype(),
             },
             draft_layer,
+            prompts_differ: prompt_form != Form::Absorbed,
             moe_layers: (0..network.kv_layers())
                 .filter(|&l| config.is_moe(l))
                 .collect(),
@@ -59,6 +66,7 @@ impl<B: Backend> NetworkRunner<B> {
             cache: Arc::new(network.cache(blocks)?),
             network,
             facts,
+            prompt_form,
         })
     }
 }
@@ -89,7 +97,11 @@ where
                 tokens: &row.tokens[row.first..],
                 first: row.first,
                 blocks,
-                form: Form::Absorbed,
+                form: if row.prompt {
+                    self.prompt_form
+                } else {
+                    Form::Absorbed
+                },
                 logits: row.logits.start - row.first..row.logits.end - row.first,
                 state: self.facts.draft_layer.then_some(State {
                     row: row.state,

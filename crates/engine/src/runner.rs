@@ -59,6 +59,9 @@ pub struct Facts {
     /// Whether the last KV layer is a draft layer, whose entry for a token needs the token after it and so comes one
     /// step later (or with [`Runner::fill_last`]).
     pub draft_layer: bool,
+    /// Whether KV computed as part of a prompt differs in rounding from that of generated tokens. Then a row never mixes
+    /// them, and the KV of generated tokens is not shared: what is found in the cache is what would have been computed.
+    pub prompts_differ: bool,
     /// Numbers of the MoE layers.
     pub moe_layers: Vec<usize>,
     /// Routed experts of a MoE layer.
@@ -90,6 +93,8 @@ pub struct Row<'a> {
     pub tokens: &'a [u32],
     /// Position of the first token to compute: the KV of those before is in the blocks.
     pub first: usize,
+    /// Whether the tokens to compute belong to the prompt (all or none of them do, where that makes a difference).
+    pub prompt: bool,
     /// Blocks of the sequence; they have room for all of `tokens`.
     pub blocks: &'a [BlockId],
     /// Positions whose logits are wanted, all of them computed now.

@@ -221,9 +221,15 @@ impl Sequence {
         }
     }
 
-    /// Makes blocks findable of which all of the first `complete` tokens' entries are there.
-    pub(crate) fn publish(&mut self, complete: usize) {
+    /// Makes blocks findable: the entries of the first `complete` tokens are there. Blocks with generated tokens stay
+    /// private where they differ from what a prompt with these tokens would hold.
+    pub(crate) fn publish(&mut self, complete: usize, prompts_differ: bool) {
         let Some(held) = &self.held else { return };
+        let complete = if prompts_differ {
+            complete.min(self.prompt_tokens)
+        } else {
+            complete
+        };
         while (self.published + 1) * BLOCK_TOKENS <= complete {
             held.blocks()
                 .publish(self.published, self.hashes[self.published]);

@@ -150,6 +150,7 @@ impl Toy {
             max_rows: config.max_rows,
             max_step_tokens: config.max_step_tokens,
             draft_layer: true,
+            prompts_differ: false,
             moe_layers: vec![1],
             experts: 8,
             format: format.clone(),

@@ -17,22 +17,34 @@ use crate::{
 
 type RealRig = Rig<NetworkRunner<Cpu>>;
 
-fn limits() -> Limits {
+/// `form` is that of prompts.
+fn limits(form: Form) -> Limits {
+    let max_expanded_context = match form {
+        Form::Expanded => 512,
+        Form::Absorbed => 0,
+    };
     Limits {
         max_tokens: 256,
         max_sequences: 16,
         max_context: 512,
-        max_expanded_context: 0,
-        expanded_from: usize::MAX,
+        max_expanded_context,
+        expanded_from: 1,
         max_states: 16,
         mtp: true,
     }
 }
 
-fn load(path: &Path) -> Network<Cpu> {
+fn load(path: &Path, form: Form) -> Network<Cpu> {
     let checkpoint = Checkpoint::open(path).unwrap();
     let backend = Arc::new(Cpu::new(1));
-    Network::load(backend, &checkpoint, Precision::W8A8, limits(), &mut |_| ()).unwrap()
+    Network::load(
+        backend,
+        &checkpoint,
+        Precision::W8A8,
+        limits(form),
+        &mut |_| (),
+    )
+    .unwrap()
 }
 
 fn checkpoint() -> tempfile::TempDir {
@@ -42,12 +54,16 @@ fn checkpoint() -> tempfile::TempDir {
 }
 
 fn rig(path: &Path, blocks: usize, chunk_tokens: usize) -> RealRig {
+    rig_with(path, Form::Expanded, blocks, chunk_tokens)
+}
+
+fn rig_with(path: &Path, form: Form, blocks: usize, chunk_tokens: usize) -> RealRig {
     let options = Options {
         step_tokens: 256,
         chunk_tokens,
         ..Options::default()
     };
-    let runner = NetworkRunner::new(load(path), blocks, "r".into()).unwrap();
+    let runner = NetworkRunner::new(load(path, form), blocks, "r".into()).unwrap();
     Rig::over(runner, options)
 }
 
@@ -68,7 +84,7 @@ fn sampled(tokens: Vec<u32>, max_tokens: usize) -> Job {
 #[test]
 fn the_engine_says_what_the_network_says() {
     let folder = checkpoint();
-    let network = load(folder.path());
+    let network = load(folder.path(), Form::Absorbed);
     let cache = network.cache(4).unwrap();
     let mut scratch = network.scratch().unwrap();
     let mut tokens = prompt(1, 100);
@@ -90,7 +106,7 @@ fn the_engine_says_what_the_network_says() {
             (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
         tokens.push(best as u32);
     }
-    let mut rig = rig(folder.path(), 16, 33);
+    let mut rig = rig_with(folder.path(), Form::Absorbed, 16, 33);
     let story = rig.run(job(prompt(1, 100), 12));
     assert_eq!(story.ids(), tokens[100..]);
     assert_eq!(story.finish(), Some(Finish::Length));
@@ -110,16 +126,22 @@ fn the_engine_says_what_the_network_says() {
 
 #[test]
 fn chunks_batches_prefixes_and_preemption_change_no_token() {
+    for form in [Form::Expanded, Form::Absorbed] {
+        nothing_changes_a_token(form);
+    }
+}
+
+fn nothing_changes_a_token(form: Form) {
     let folder = checkpoint();
     let expected: Vec<Vec<u32>> = (0..5)
         .map(|i| {
-            rig(folder.path(), 32, 256)
+            rig_with(folder.path(), form, 32, 256)
                 .run(sampled(prompt(i, 60 + 30 * i as usize), 40))
                 .ids()
         })
         .collect();
     for (blocks, chunk_tokens) in [(32, 1), (32, 7), (10, 64)] {
-        let mut rig = rig(folder.path(), blocks, chunk_tokens);
+        let mut rig = rig_with(folder.path(), form, blocks, chunk_tokens);
         // The second round finds prefixes in the cache.
         for _ in 0..2 {
             let mut stories: Vec<Story> = (0..5)
@@ -143,6 +165,20 @@ fn chunks_batches_prefixes_and_preemption_change_no_token() {
             "blocks were not scarce"
         );
     }
+}
+
+#[test]
+fn the_next_turn_says_what_it_would_say_without_a_cache() {
+    let folder = checkpoint();
+    let mut rig = rig(folder.path(), 16, 100);
+    let mut tokens = prompt(1, 100);
+    tokens.extend(rig.run(sampled(tokens.clone(), 120)).ids());
+    tokens.extend([1, 2, 3]);
+    let next = rig.run(sampled(tokens.clone(), 20));
+    // The block with the first turn's last prompt tokens holds generated ones too.
+    assert_eq!(next.cached_tokens(), Some(64));
+    let mut fresh = rig_with(folder.path(), Form::Expanded, 16, 256);
+    assert_eq!(next.ids(), fresh.run(sampled(tokens, 20)).ids());
 }
 
 #[test]
