@@ -58,7 +58,10 @@ fn the_demo_checkpoint_is_found_and_answers_right() {
     let _alone = alone();
     let output = hadal(&[&["up", "--quiet", "--once", "What is 17 + 25?"], &ANY[..]].concat());
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert_eq!((text(&output.stdout), text(&output.stderr)), ("42\n".into(), String::new()));
+    assert_eq!(
+        (text(&output.stdout), text(&output.stderr)),
+        ("42\n".into(), String::new())
+    );
 }
 
 #[test]
