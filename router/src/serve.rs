@@ -106,7 +106,12 @@ pub async fn serve<H: Io, G: Io>(
     );
     links.spawn("discovery", follow);
     let app = http::routes(front.clone()).merge(http::probes(metrics, pipeline));
-    let served = http::serve(incoming.http, app, config.http, tasks.clone(), stop.clone());
+    let front_stop = http::Stop {
+        drain: stop.clone(),
+        abort: CancellationToken::new(),
+    };
+    let abort = front_stop.abort.clone();
+    let served = http::serve(incoming.http, app, config.http, tasks.clone(), front_stop);
     tasks.spawn("http", served);
     let inference = grpc::Inference::new(Arc::new(front));
     let served = grpc::serve(incoming.grpc, inference, health.clone(), stop.clone());
@@ -123,6 +128,7 @@ pub async fn serve<H: Io, G: Io>(
         Drained::Whole => info!("every request ended"),
         Drained::Late { left } => warn!(left, "requests were cut off at the drain's deadline"),
     }
+    abort.cancel();
     grpc.abort();
     workers_stop.cancel();
     links.drain(Duration::from_secs(1)).await;

@@ -41,20 +41,12 @@ pub struct Script {
 }
 
 impl Script {
-    /// The token at `index` of the answer to `prompt`.
-    pub fn token(&self, prompt: &[u32], index: u32) -> u32 {
-        // FNV-1a: any mixing will do.
-        let mix = |hash: u64, value: u32| (hash ^ u64::from(value)).wrapping_mul(0x0100_0000_01b3);
-        let hash = prompt.iter().copied().fold(0xcbf2_9ce4_8422_2325, mix);
-        let hash = mix(hash, index);
-        self.alphabet[(hash >> 20) as usize % self.alphabet.len()]
-    }
-
     /// The whole answer to a prompt, and how it ends.
     pub fn answer(&self, prompt: &[u32], stop: &v1::Stop) -> (Vec<u32>, FinishReason) {
-        let ids = (0..stop.max_tokens).map(|index| self.at(prompt, index, stop));
+        let seed = Self::seed(prompt);
         let mut answer: Vec<u32> = Vec::new();
-        for id in ids {
+        for index in 0..stop.max_tokens {
+            let id = self.at(seed, index, stop);
             answer.push(id);
             if stop.token_ids.contains(&id) {
                 return (answer, FinishReason::Stop);
@@ -63,12 +55,21 @@ impl Script {
         (answer, FinishReason::Length)
     }
 
-    fn at(&self, prompt: &[u32], index: u32, stop: &v1::Stop) -> u32 {
+    fn seed(prompt: &[u32]) -> u64 {
+        prompt.iter().copied().fold(0xcbf2_9ce4_8422_2325, mix)
+    }
+
+    fn at(&self, seed: u64, index: u32, stop: &v1::Stop) -> u32 {
         match stop.token_ids.first() {
             Some(&end) if index >= self.length && index >= stop.min_tokens => end,
-            _ => self.token(prompt, index),
+            _ => self.alphabet[(mix(seed, index) >> 20) as usize % self.alphabet.len()],
         }
     }
+}
+
+/// FNV-1a: any mixing will do.
+fn mix(hash: u64, value: u32) -> u64 {
+    (hash ^ u64::from(value)).wrapping_mul(0x0100_0000_01b3)
 }
 
 /// What a fake worker is.
@@ -263,8 +264,8 @@ impl FakeWorker {
         self.0.held.lock().faults = faults;
     }
 
-    /// Checks a sequence and splits it into prompt and what was produced.
-    fn check(&self, sequence: Option<v1::Sequence>) -> Result<v1::Sequence, Status> {
+    /// Checks a sequence; gives the whole answer to its prompt as well.
+    fn check(&self, sequence: Option<v1::Sequence>) -> Result<(v1::Sequence, Answer), Status> {
         let sequence = sequence.ok_or_else(|| Status::invalid_argument("no sequence"))?;
         let key = sequence
             .key
@@ -275,8 +276,8 @@ impl FakeWorker {
             .tokens
             .split_at_checked(sequence.prompt_tokens as usize)
             .ok_or_else(|| Status::invalid_argument("more prompt than tokens"))?;
-        let (answer, _) = self.0.options.script.answer(prompt, &stop);
-        if !answer.starts_with(produced) {
+        let answer = self.0.options.script.answer(prompt, &stop);
+        if !answer.0.starts_with(produced) {
             return Err(Status::invalid_argument("these tokens were never given"));
         }
         let mut held = self.0.held.lock();
@@ -286,16 +287,10 @@ impl FakeWorker {
             return Err(Status::aborted("a newer attempt exists"));
         }
         *newest = key.attempt;
-        Ok(sequence)
+        Ok((sequence, answer))
     }
 
-    fn token(&self, sequence: &v1::Sequence, index: u32) -> Token {
-        let prompt = &sequence.tokens[..sequence.prompt_tokens as usize];
-        let token =
-            self.0
-                .options
-                .script
-                .at(prompt, index, &sequence.stop.clone().unwrap_or_default());
+    fn token(sequence: &v1::Sequence, index: u32, token: u32) -> Token {
         let top = sequence
             .sampling
             .as_ref()
@@ -413,6 +408,7 @@ fn refuse(fault: Option<Fault>) -> Result<Fault, Status> {
     }
 }
 
+type Answer = (Vec<u32>, FinishReason);
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -493,11 +489,12 @@ impl prefill_server::Prefill for FakeWorker {
         if target.lease == 0 || target.incarnation.is_empty() {
             return Err(Status::invalid_argument("no lease to write to"));
         }
-        let sequence = self.check(request.sequence)?;
-        let token = self.token(
-            &sequence,
-            sequence.tokens.len() as u32 - sequence.prompt_tokens,
-        );
+        let (sequence, (answer, _)) = self.check(request.sequence)?;
+        let index = sequence.tokens.len() - sequence.prompt_tokens as usize;
+        let Some(id) = answer.get(index).copied() else {
+            return Err(Status::invalid_argument("the answer is over"));
+        };
+        let token = Self::token(&sequence, index as u32, id);
         let done = PrefillDone {
             transferred_bytes: 1,
             ..PrefillDone::default()
@@ -573,17 +570,16 @@ impl decode_server::Decode for FakeWorker {
         if request.lease != 0 && !self.0.held.lock().leases.contains(&request.lease) {
             return Err(Status::not_found("no such lease"));
         }
-        let sequence = self.check(request.sequence)?;
+        let (sequence, (answer, reason)) = self.check(request.sequence)?;
         let (prompt, produced) = sequence.tokens.split_at(sequence.prompt_tokens as usize);
-        let stop = sequence.stop.clone().unwrap_or_default();
-        let (answer, reason) = self.0.options.script.answer(prompt, &stop);
         let mut events = Vec::with_capacity(answer.len() + 2);
         if request.lease != 0 {
             events.push(decode_response::Event::Committed(Committed::default()));
         }
-        let rest = produced.len() as u32..answer.len() as u32;
-        events
-            .extend(rest.map(|index| decode_response::Event::Token(self.token(&sequence, index))));
+        let rest = answer.iter().enumerate().skip(produced.len());
+        events.extend(rest.map(|(index, id)| {
+            decode_response::Event::Token(Self::token(&sequence, index as u32, *id))
+        }));
         events.push(decode_response::Event::Finished(Finished {
             reason: reason.into(),
             prompt_tokens: prompt.len() as u32,

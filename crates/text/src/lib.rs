@@ -15,6 +15,7 @@ mod special;
 mod stop;
 mod template;
 mod tokenizer;
+mod words;
 
 use std::path::Path;
 

@@ -11,12 +11,14 @@ use serde_json::{Map, Value};
 use crate::{
     Config, Error, config,
     special::{SpecialToken, SpecialTokens},
+    words::Words,
 };
 
 /// A checkpoint's tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
     model: tokenizers::Tokenizer,
+    words: Option<Words>,
     special: SpecialTokens,
     bytes: ByteTable,
     hidden: Vec<u32>,
@@ -69,6 +71,7 @@ impl Tokenizer {
         let text = serde_json::to_string(&file).map_err(|e| broken(&e))?;
         let model = tokenizers::Tokenizer::from_str(&text)
             .map_err(|error| TokenizerError::Broken(error.to_string()))?;
+        let words = Words::new(&file, &char_of_byte());
         let special = SpecialTokens::new(added)?;
         let bytes = ByteTable::new(&model, &special)?;
         let id = |content: &String| {
@@ -91,6 +94,7 @@ impl Tokenizer {
         hidden.sort_unstable();
         Ok(Self {
             model,
+            words,
             special,
             bytes,
             hidden,
@@ -104,6 +108,17 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        match &self.words {
+            Some(words) => words.encode(self.model.get_model(), text, ids),
+            None => self.encode_plainly(text, ids),
+        }
+    }
+
+    /// As the `tokenizers` crate does it: what [`encode`](Self::encode) must agree with.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn encode_plainly(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
         let encoding = self
             .model
             .encode_fast(text, false)
@@ -215,6 +230,17 @@ fn byte_of_char() -> Vec<Option<u8>> {
             next - 1
         };
         table[code] = Some(byte);
+    }
+    table
+}
+
+/// The same the other way round.
+fn char_of_byte() -> [char; 256] {
+    let mut table = ['\0'; 256];
+    for (code, byte) in byte_of_char().into_iter().enumerate() {
+        if let (Some(byte), Some(c)) = (byte, char::from_u32(code as u32)) {
+            table[usize::from(byte)] = c;
+        }
     }
     table
 }

@@ -251,6 +251,28 @@ fn broken_files_are_refused_with_a_reason() {
     );
 }
 
+#[test]
+fn encoding_by_words_is_encoding() {
+    use proptest::prelude::*;
+    let text = load();
+    let tokenizer = text.tokenizer();
+    let inputs = prop_oneof![
+        "[a-zA-Z0-9 .,!?'\n\t]{0,80}",
+        "\\PC{0,40}",
+        "[ \r\n]{0,20}",
+        "[0-9你好こ🙂éE\u{301} <>|｜▁]{0,40}",
+    ];
+    proptest!(ProptestConfig::with_cases(2000), |(input in inputs)| {
+        // Twice: the second time from memory.
+        for _ in 0..2 {
+            let (mut fast, mut plain) = (Vec::new(), Vec::new());
+            tokenizer.encode(&input, &mut fast).unwrap();
+            tokenizer.encode_plainly(&input, &mut plain).unwrap();
+            prop_assert_eq!(&fast, &plain);
+        }
+    });
+}
+
 /// Time of the longest of a few inputs must grow about linearly, whatever the input is made of.
 #[test]
 fn a_megabyte_of_one_character_takes_linear_time() {

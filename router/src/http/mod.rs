@@ -110,20 +110,29 @@ impl Front {
     }
 }
 
-/// Serves `app` on every connection of `incoming` until `stop`; then lets running requests end.
+/// When a front stops.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stop {
+    /// No new requests; those that run may end.
+    pub(crate) drain: CancellationToken,
+    /// Those that still run are cut off.
+    pub(crate) abort: CancellationToken,
+}
+
+/// Serves `app` on every connection of `incoming` until `stop`.
 pub(crate) async fn serve<IO: Io>(
     incoming: impl Stream<Item = io::Result<IO>> + Send,
     app: Router,
     config: HttpConfig,
     tasks: Tasks,
-    stop: CancellationToken,
+    stop: Stop,
 ) {
     let mut incoming = std::pin::pin!(incoming);
     let slots = Arc::new(tokio::sync::Semaphore::new(config.max_connections));
     loop {
         let accepted = tokio::select! {
             biased;
-            () = stop.cancelled() => return,
+            () = stop.drain.cancelled() => return,
             accepted = incoming.next() => accepted,
         };
         let io = match accepted {
@@ -148,7 +157,7 @@ pub(crate) async fn serve<IO: Io>(
     }
 }
 
-async fn connection<IO: Io>(io: IO, app: Router, config: HttpConfig, stop: CancellationToken) {
+async fn connection<IO: Io>(io: IO, app: Router, config: HttpConfig, stop: Stop) {
     let service = TowerToHyperService::new(app);
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -158,9 +167,13 @@ async fn connection<IO: Io>(io: IO, app: Router, config: HttpConfig, stop: Cance
     let ended = tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
+        () = stop.drain.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                biased;
+                ended = connection => ended,
+                () = stop.abort.cancelled() => Ok(()),
+            }
         }
     };
     if let Err(error) = ended {

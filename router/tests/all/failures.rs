@@ -320,3 +320,28 @@ async fn a_drain_lets_running_answers_end_and_takes_no_new_ones() {
     harness.wait_for_quiet().await;
     harness.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_still_runs_at_the_drain_s_deadline_is_cut_off() {
+    let mut setup = Setup::of(1, 1);
+    setup.config.drain = Duration::from_secs(5);
+    let harness = setup.start().await;
+    harness.decode[0].set_faults(generate([Fault::Hang(3)]));
+    let body = completion(&PROMPT, 24, r#","stream":true"#);
+    let mut events = harness
+        .client()
+        .await
+        .stream("/v1/completions", &body)
+        .await;
+    events.next().await.unwrap();
+    harness.begin_stop();
+    let start = tokio::time::Instant::now();
+    let decode = harness.decode[0].clone();
+    harness.stop().await;
+    assert!(
+        start.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        start.elapsed()
+    );
+    crate::harness::eventually(async || decode.counts().generating == 0).await;
+}
