@@ -12,15 +12,14 @@ enum Kind {
     Plain,
 }
 
+/// Sees a tensor's name, shape and kind; its error ends the walk.
+type See<'a> = dyn FnMut(&str, &[usize], Kind) -> Result<(), Error> + 'a;
+
 /// Checks that each expected tensor is there in type and shape, and each FP8 one has its scales.
 pub(super) fn check(checkpoint: &Checkpoint) -> Result<(), Error> {
-    let mut result = Ok(());
     walk(checkpoint.config(), &mut |name, shape, kind| {
-        if result.is_ok() {
-            result = check_one(checkpoint, name, shape, kind);
-        }
-    });
-    result
+        check_one(checkpoint, name, shape, kind)
+    })
 }
 
 fn check_one(
@@ -69,86 +68,87 @@ fn check_one(
     Ok(())
 }
 
-fn walk(config: &Config, see: &mut dyn FnMut(&str, &[usize], Kind)) {
+fn walk(config: &Config, see: &mut See<'_>) -> Result<(), Error> {
     let hidden = config.hidden_size;
     see(
         "model.embed_tokens.weight",
         &[config.vocab_size, hidden],
         Kind::Plain,
-    );
-    see("model.norm.weight", &[hidden], Kind::Plain);
+    )?;
+    see("model.norm.weight", &[hidden], Kind::Plain)?;
     if !config.tied_embeddings {
-        see("lm_head.weight", &[config.vocab_size, hidden], Kind::Linear);
+        see("lm_head.weight", &[config.vocab_size, hidden], Kind::Linear)?;
     }
     for layer in 0..config.kv_layers(true) {
-        decoder_layer(config, layer, see);
+        decoder_layer(config, layer, see)?;
     }
     if config.mtp {
         let layer = format!("model.layers.{}", config.layers);
         for norm in ["enorm", "hnorm", "shared_head.norm"] {
-            see(&format!("{layer}.{norm}.weight"), &[hidden], Kind::Plain);
+            see(&format!("{layer}.{norm}.weight"), &[hidden], Kind::Plain)?;
         }
         see(
             &format!("{layer}.eh_proj.weight"),
             &[hidden, 2 * hidden],
             Kind::Linear,
-        );
+        )?;
     }
+    Ok(())
 }
 
-fn decoder_layer(config: &Config, layer: usize, see: &mut dyn FnMut(&str, &[usize], Kind)) {
+fn decoder_layer(config: &Config, layer: usize, see: &mut See<'_>) -> Result<(), Error> {
     let hidden = config.hidden_size;
     let a = &config.attention;
     let layer_name = format!("model.layers.{layer}");
     let mut at = |name: &str, shape: &[usize], kind| {
-        see(&format!("{layer_name}.{name}.weight"), shape, kind);
+        see(&format!("{layer_name}.{name}.weight"), shape, kind)
     };
-    at("input_layernorm", &[hidden], Kind::Plain);
-    at("post_attention_layernorm", &[hidden], Kind::Plain);
+    at("input_layernorm", &[hidden], Kind::Plain)?;
+    at("post_attention_layernorm", &[hidden], Kind::Plain)?;
     match a.q_lora_rank {
         None => at(
             "self_attn.q_proj",
             &[a.heads * a.qk(), hidden],
             Kind::Linear,
-        ),
+        )?,
         Some(rank) => {
-            at("self_attn.q_a_proj", &[rank, hidden], Kind::Linear);
-            at("self_attn.q_a_layernorm", &[rank], Kind::Plain);
+            at("self_attn.q_a_proj", &[rank, hidden], Kind::Linear)?;
+            at("self_attn.q_a_layernorm", &[rank], Kind::Plain)?;
             at(
                 "self_attn.q_b_proj",
                 &[a.heads * a.qk(), rank],
                 Kind::Linear,
-            );
+            )?;
         }
     }
     at(
         "self_attn.kv_a_proj_with_mqa",
         &[a.entry(), hidden],
         Kind::Linear,
-    );
-    at("self_attn.kv_a_layernorm", &[a.kv_lora_rank], Kind::Plain);
+    )?;
+    at("self_attn.kv_a_layernorm", &[a.kv_lora_rank], Kind::Plain)?;
     at(
         "self_attn.kv_b_proj",
         &[a.heads * (a.nope + a.v), a.kv_lora_rank],
         Kind::Linear,
-    );
-    at("self_attn.o_proj", &[hidden, a.heads * a.v], Kind::Linear);
+    )?;
+    at("self_attn.o_proj", &[hidden, a.heads * a.v], Kind::Linear)?;
     let mut mlp = |name: &str, inter: usize| {
-        at(&format!("{name}.gate_proj"), &[inter, hidden], Kind::Linear);
-        at(&format!("{name}.up_proj"), &[inter, hidden], Kind::Linear);
-        at(&format!("{name}.down_proj"), &[hidden, inter], Kind::Linear);
+        at(&format!("{name}.gate_proj"), &[inter, hidden], Kind::Linear)?;
+        at(&format!("{name}.up_proj"), &[inter, hidden], Kind::Linear)?;
+        at(&format!("{name}.down_proj"), &[hidden, inter], Kind::Linear)
     };
     match &config.moe {
         Some(moe) if config.is_moe(layer) => {
             for expert in 0..moe.gate.experts {
-                mlp(&format!("mlp.experts.{expert}"), moe.inter);
+                mlp(&format!("mlp.experts.{expert}"), moe.inter)?;
             }
             if moe.shared > 0 {
-                mlp("mlp.shared_experts", moe.shared * moe.inter);
+                mlp("mlp.shared_experts", moe.shared * moe.inter)?;
             }
-            at("mlp.gate", &[moe.gate.experts, hidden], Kind::Plain);
+            at("mlp.gate", &[moe.gate.experts, hidden], Kind::Plain)?;
             let bias = format!("{layer_name}.mlp.gate.e_score_correction_bias");
-            see(&bias, &[moe.gate.experts], Kind::Plain);
+            see(&bias, &[moe.gate.experts], Kind::Plain)
         }
         _ => mlp("mlp", config.dense_inter),
     }

@@ -249,6 +249,22 @@ fn every_missing_or_misshapen_tensor_is_named() {
 }
 
 #[test]
+fn a_configuration_of_millions_of_tensors_is_refused_at_the_first_missing_one() {
+    let mut huge = config(false);
+    for (field, count) in [("num_hidden_layers", 4096), ("n_routed_experts", 65_536)] {
+        huge[field] = json!(count);
+    }
+    for field in ["num_experts_per_tok", "moe_intermediate_size"] {
+        huge[field] = json!(1);
+    }
+    let error = refusal(&huge, &file(&tensors(false)));
+    assert!(
+        error.contains("model.layers.0.mlp.experts.0.gate_proj.weight: missing"),
+        "{error}"
+    );
+}
+
+#[test]
 fn values_that_are_no_numbers_are_refused() {
     let all = tensors(true);
     for (number, (name, dtype, _, _)) in all.iter().enumerate() {
