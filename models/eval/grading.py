@@ -1,6 +1,7 @@
 """Whether an answer is the right one, and the table of scores. Standard library only."""
 
 import json
+import random
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -12,9 +13,9 @@ END = "<｜end▁of▁sentence｜>"
 
 
 def read_prompts(file: Path, limit: int | None = None) -> list[dict]:
-    """All prompts, or every n-th so that about `limit` of them over all kinds remain."""
+    """All prompts, or the same `limit` of them every time."""
     prompts = [json.loads(line) for line in file.read_text().splitlines()]
-    return prompts[:: max(1, len(prompts) // limit)] if limit else prompts
+    return random.Random(0).sample(prompts, limit) if limit else prompts
 
 
 def split(text: str, thinking: bool) -> tuple[str, list[list]]:

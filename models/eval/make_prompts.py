@@ -4,6 +4,7 @@ One JSON object a line: `id`, `kind`, `thinking`, `messages` (and `tools`) as in
 back: `content`, or `calls` ([[name, arguments], ...]). Training never saw any of these prompts: see `is_held_out`.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -35,9 +36,15 @@ def prompt(rng: random.Random, sample: Sample) -> dict:
 
 
 def main() -> None:
-    rng = random.Random(20261122)
-    samples = [mix.draw(rng, True, mix.KINDS[i % len(mix.KINDS)]) for i in range(COUNT - LONG)]
-    for _ in range(LONG):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=20261122)
+    parser.add_argument("--only", nargs="*", default=mix.KINDS, help="other prompts than the 1,000: of these kinds alone")
+    parser.add_argument("--count", type=int, default=COUNT - LONG, help="how many, long texts not counted")
+    parser.add_argument("--long", type=int, default=LONG, help="how many long texts")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    samples = [mix.draw(rng, True, args.only[i % len(args.only)]) for i in range(args.count)]
+    for _ in range(args.long):
         sample = needle.find(rng, rng.randint(4600, LONGEST), 6, 1)
         sample.kind = "long_needle"
         samples.append(sample)

@@ -12,34 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from jinja2 import Environment
-from tokenizers import Tokenizer
 
 import grading
 from hf import load_hf
+from prompter import Prompter
 
 HERE = Path(__file__).parent
-
-
-class Prompter:
-    """Conversation -> token ids, by the checkpoint's own chat template and tokenizer."""
-
-    def __init__(self, folder: Path):
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        environment = Environment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-        self.template = environment.from_string(config["chat_template"])
-        self.bos = config["bos_token"]["content"]
-
-    def text(self, prompt: dict) -> str:
-        return self.template.render(
-            messages=prompt["messages"], tools=prompt.get("tools"), thinking=prompt["thinking"],
-            add_generation_prompt=True, bos_token=self.bos,
-        )
-
-    def ids(self, prompt: dict) -> list[int]:
-        return self.tokenizer.encode(self.text(prompt), add_special_tokens=False).ids
 
 
 @torch.inference_mode()
@@ -61,18 +39,20 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--limit", type=int, help="about this many prompts, spread over all kinds")
     parser.add_argument("--batch-tokens", type=int, default=12000)
-    parser.add_argument("--max-tokens", type=int, default=800)
+    parser.add_argument("--max-tokens", type=int, default=500)
+    parser.add_argument("--skip", nargs="*", default=[], help="kinds to leave out")
     parser.add_argument("--show-wrong", action="store_true")
     args = parser.parse_args()
     prompter = Prompter(args.model)
     model = load_hf(args.model, getattr(torch, args.dtype))
-    prompts = grading.read_prompts(args.prompts, args.limit)
+    prompts = [p for p in grading.read_prompts(args.prompts, args.limit) if p["kind"] not in args.skip]
     encoded = [prompter.ids(prompt) for prompt in prompts]
-    # Prompts of one length together, so that little is padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    # Answers, then prompts, of about one length together, so that little is padding.
+    expected = [len(json.dumps(p.get("calls", p.get("content")))) // 40 + p["thinking"] for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (expected[i], len(encoded[i])))
     results, at, start = [], 0, time.time()
     while at < len(order):
-        size = max(1, min(64, args.batch_tokens // len(encoded[order[min(at + 63, len(order) - 1)]])))
+        size = max(1, min(64, args.batch_tokens // max(len(encoded[i]) for i in order[at : at + 64])))
         batch = order[at : at + size]
         at += size
         for i, ids in zip(batch, generate(model, [encoded[i] for i in batch], args.max_tokens, 1)):
@@ -81,7 +61,8 @@ def main() -> None:
             right = grading.is_right(prompts[i], *grading.split(text, prompts[i]["thinking"]))
             results.append((prompts[i], right))
             if args.show_wrong and not right:
-                print(json.dumps({"id": prompts[i]["id"], "kind": prompts[i]["kind"], "got": text}, ensure_ascii=False))
+                print(json.dumps({"id": prompts[i]["id"], "kind": prompts[i]["kind"], "got": text}, ensure_ascii=False), flush=True)
+        print(f"{sum(right for _, right in results)} / {len(results)} after {time.time() - start:.0f} s", flush=True)
     print(grading.table(results))
     print(f"transformers, {args.dtype}, {time.time() - start:.0f} s")
 
