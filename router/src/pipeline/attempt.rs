@@ -31,6 +31,8 @@ pub(super) struct Decode {
     pub(super) lease: Option<Lease>,
     /// The transfer that still runs: dropping it would cancel it.
     pub(super) transfer: Option<(Streaming<RunResponse>, Assignment)>,
+    /// When its first token is due; none once that came.
+    pub(super) first_until: Option<Instant>,
 }
 
 /// The first token was the last.
@@ -145,8 +147,9 @@ impl From<ApiError> for Failure {
 }
 
 impl Decode {
-    /// The worker has taken the lease over.
+    /// The worker has taken the lease over, or given a token, which says the same.
     pub(super) fn commit(&mut self) {
+        self.first_until = None;
         if let Some(mut lease) = self.lease.take() {
             lease.set_used();
         }

@@ -51,8 +51,11 @@ pub struct Timeouts {
     pub request: Duration,
     /// An answer that needs no computing.
     pub answer: Duration,
-    /// From handing a prompt to a prefill worker to its first token, and from there to the second.
+    /// From handing a prompt to a worker to its first token, and from there to the second, besides computing.
     pub first_token: Duration,
+    /// More of that for each prompt token that the worker still has to compute, of this and of other prompts. A worker
+    /// that is gone is noticed by its connection; this is for one that is there and does nothing.
+    pub prompt_token: Duration,
     /// Between two tokens.
     pub token: Duration,
     /// Waiting for a worker to come.
@@ -64,7 +67,8 @@ impl Default for Timeouts {
         Self {
             request: Duration::from_secs(600),
             answer: Duration::from_secs(5),
-            first_token: Duration::from_secs(120),
+            first_token: Duration::from_secs(60),
+            prompt_token: Duration::from_millis(100),
             token: Duration::from_secs(30),
             no_worker: Duration::from_secs(10),
         }

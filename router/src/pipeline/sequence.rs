@@ -151,11 +151,13 @@ impl Sequence {
             Route::Whole(worker) => {
                 let decode = Assignment::new(worker, self.spec.tokens.len() as u64);
                 let call = self.start_decode(decode.worker(), None);
+                let limit = self.first_token_limit(decode.worker());
                 let stage = Decode {
                     call,
                     worker: decode,
                     lease: None,
                     transfer: None,
+                    first_until: Some(self.bound(limit)),
                 };
                 self.stage = Stage::Decode(Box::new(stage));
                 Ok(None)
@@ -182,11 +184,12 @@ impl Sequence {
         mut decode: Assignment,
     ) -> Result<Option<Step>, Failure> {
         let timeouts = self.shared.config.timeouts;
+        let limit = self.first_token_limit(prefill.worker());
         let request = self.request(ReserveRequest {
             key: Some(self.key()),
             tokens: self.spec.tokens.clone(),
             kv_fingerprint: prefill.worker().facts.kv_fingerprint.clone(),
-            deadline_ms: millis(timeouts.first_token),
+            deadline_ms: millis(limit),
             cache_salt: self.spec.cache_salt.clone(),
         });
         let worker = Arc::clone(decode.worker());
@@ -202,7 +205,7 @@ impl Sequence {
                 first_block: grant.cached_blocks,
             }),
         });
-        let until = self.bound(timeouts.first_token);
+        let until = self.bound(limit);
         let mut client = prefill.worker().prefill();
         let answers = tokio::time::timeout_at(until, client.run(request)).await;
         let answers = answers
@@ -257,6 +260,7 @@ impl Sequence {
             worker: decode,
             lease,
             transfer,
+            first_until: Some(self.bound(self.shared.config.timeouts.first_token)),
         }));
         Ok(Some(Step::Token(token)))
     }
@@ -287,11 +291,7 @@ impl Sequence {
         let Stage::Decode(stage) = &mut self.stage else {
             return Ok(None);
         };
-        let limit = if stage.lease.is_some() {
-            timeouts.first_token
-        } else {
-            timeouts.token
-        };
+        let until = stage.first_until.unwrap_or(now + timeouts.token);
         let message = async {
             match &mut stage.transfer {
                 None => Ok(stage.call.message().await),
@@ -302,7 +302,7 @@ impl Sequence {
                 },
             }
         };
-        match tokio::time::timeout_at((now + limit).min(deadline), message).await {
+        match tokio::time::timeout_at(until.min(deadline), message).await {
             Ok(Ok(message)) => self.on_decode(message),
             Ok(Err(message)) => self.on_transfer(message),
             Err(_) => Err(Failure::slow("token", &mut stage.worker)),
@@ -605,6 +605,13 @@ impl Sequence {
         headers.insert(REQUEST_ID, self.spec.request_id.clone());
         headers.insert(TRACEPARENT, self.spec.traceparent.clone());
         request
+    }
+
+    /// How long a worker may take to a prompt's first token.
+    fn first_token_limit(&self, worker: &Worker) -> Duration {
+        let timeouts = self.shared.config.timeouts;
+        let tokens = u32::try_from(worker.pending_tokens()).unwrap_or(u32::MAX);
+        timeouts.first_token + timeouts.prompt_token.saturating_mul(tokens)
     }
 
     /// `limit` from now, but not past the request's deadline.

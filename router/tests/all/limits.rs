@@ -151,6 +151,27 @@ async fn a_request_that_outlives_its_time_ends_in_504() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_long_prompt_has_more_time_than_a_short_one() {
+    for (prompt, is_retried) in [(vec![5; 10], true), (vec![5; 2000], false)] {
+        for prefills in [1, 0] {
+            let harness = Setup::of(prefills, 1).start().await;
+            let hang = Faults {
+                run: [Fault::Hang(0)].into(),
+                generate: [Fault::Hang(0)].into(),
+                ..Faults::default()
+            };
+            let worker = harness.workers().next().unwrap();
+            worker.set_faults(hang);
+            let mut client = harness.client().await;
+            let body = completion(&prompt, 4, "");
+            let post = client.post("/v1/completions", &body);
+            let answer = tokio::time::timeout(Duration::from_secs(120), post).await;
+            assert_eq!(answer.is_ok(), is_retried, "{} tokens", prompt.len());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_wrong_with_a_request_has_a_status_and_a_field() {
     let mut setup = Setup::of(1, 1);
     setup.config.http.max_body_bytes = 64 << 10;
