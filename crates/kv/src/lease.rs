@@ -203,6 +203,16 @@ mod tests {
     }
 
     #[test]
+    fn only_the_prompts_blocks_are_found_by_others() {
+        let pool = Pool::new(8, "r");
+        let all = tokens(200);
+        let replayed = pool.reserve_beyond(&all[..100], all.len(), b"").unwrap();
+        assert_eq!(replayed.ids().len(), 4);
+        drop(replayed.commit().unwrap());
+        assert_eq!(pool.reserve(&all, b"").unwrap().cached_blocks(), 1);
+    }
+
+    #[test]
     fn an_aborted_reservation_leaves_nothing_in_the_cache() {
         let memory = Arc::new(HostMemory::new(2, BLOCK_TOKENS));
         let pool = Pool::poisoning(memory.clone(), "r");

@@ -75,8 +75,22 @@ impl Pool {
     /// # Errors
     /// If too few can be had; nothing is held then.
     pub fn reserve(&self, tokens: &[u32], salt: &[u8]) -> Result<Reservation, NoBlocks> {
-        let hashes = self.hashes(tokens, salt);
-        let blocks = blocks_for(tokens.len());
+        self.reserve_beyond(tokens, tokens.len(), salt)
+    }
+
+    /// As [`Pool::reserve`], for `tokens` tokens of which only those of `prompt` may be found by others: a prompt's KV is
+    /// computed in another form than that of tokens that were generated one by one, and must not stand for it.
+    ///
+    /// # Errors
+    /// As [`Pool::reserve`].
+    pub fn reserve_beyond(
+        &self,
+        prompt: &[u32],
+        tokens: usize,
+        salt: &[u8],
+    ) -> Result<Reservation, NoBlocks> {
+        let hashes = self.hashes(prompt, salt);
+        let blocks = blocks_for(tokens);
         let (ids, cached) = self.state.lock().acquire(&hashes, blocks, true)?;
         Ok(Reservation::new(self.clone(), ids, cached, hashes))
     }

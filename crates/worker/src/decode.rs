@@ -44,10 +44,16 @@ impl Decode for DecodeService {
         if request.kv_fingerprint != shared.engine.format().fingerprint() {
             return Err(Status::failed_precondition("the KV format differs"));
         }
+        let prompt = match request.prompt_tokens as usize {
+            0 => &request.tokens[..],
+            count => request.tokens.get(..count).ok_or_else(|| {
+                Status::invalid_argument("prompt_tokens is larger than the number of tokens")
+            })?,
+        };
         let reservation = shared
             .engine
             .pool()
-            .reserve(&request.tokens, &request.cache_salt)
+            .reserve_beyond(prompt, request.tokens.len(), &request.cache_salt)
             .map_err(|full| Status::resource_exhausted(full.to_string()))?;
         let cached_blocks = reservation.cached_blocks() as u32;
         let plan = Plan {

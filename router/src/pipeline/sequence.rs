@@ -191,6 +191,7 @@ impl Sequence {
             kv_fingerprint: prefill.worker().facts.kv_fingerprint.clone(),
             deadline_ms: millis(limit),
             cache_salt: self.spec.cache_salt.clone(),
+            prompt_tokens: self.prompt_tokens(),
         });
         let worker = Arc::clone(decode.worker());
         let lease = Lease::reserve(worker, request, timeouts.answer, &self.shared.tasks).await;

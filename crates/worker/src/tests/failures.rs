@@ -48,6 +48,7 @@ async fn a_dead_prefill_worker_leaves_nothing_behind() {
 async fn a_lease_that_nobody_uses_expires() {
     let decode = Node::start(Role::Decode, "d");
     let request = v1::ReserveRequest {
+        prompt_tokens: 0,
         key: Some(key("r", 0)),
         tokens: prompt(2, 500),
         kv_fingerprint: decode.engine.format().fingerprint().to_vec(),
@@ -192,6 +193,7 @@ async fn a_newer_attempt_ends_the_older_one() {
         .await
         .unwrap();
     let request = v1::ReserveRequest {
+        prompt_tokens: 0,
         key: Some(key("r", 1)),
         tokens: prompt.clone(),
         kv_fingerprint: decode.engine.format().fingerprint().to_vec(),

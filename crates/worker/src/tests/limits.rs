@@ -119,6 +119,7 @@ async fn calls_that_say_too_little_are_refused_before_anything_is_held() {
     let refused = run(&prefill, good(), nowhere).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
     let other = v1::ReserveRequest {
+        prompt_tokens: 0,
         key: Some(key("t", 0)),
         tokens: prompt.clone(),
         kv_fingerprint: vec![0; 32],

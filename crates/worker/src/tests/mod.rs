@@ -271,6 +271,7 @@ async fn reserve(
     prompt: &[u32],
 ) -> Result<v1::ReserveResponse, Status> {
     let reserve = v1::ReserveRequest {
+        prompt_tokens: 0,
         key: Some(key(request, 0)),
         tokens: prompt.to_vec(),
         kv_fingerprint: node.engine.format().fingerprint().to_vec(),
