@@ -249,7 +249,7 @@ impl<R: Runner> Core<R> {
                 break;
             };
             let blocks = blocks_for(sequence.tokens.len());
-            let hashes = sequence.prefix_hashes();
+            let hashes = sequence.prefix_hashes(self.facts.prompts_differ);
             let fresh = blocks - self.pool.prefix_len(hashes);
             let available = self.pool.usage().available();
             if !schedule::admits(fresh, available, self.running.len()) {

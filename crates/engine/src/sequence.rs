@@ -191,13 +191,19 @@ impl Sequence {
     }
 
     /// Hashes under which a prefix of it may be cached. The last token is always computed, for its logits; all are when
-    /// the log probabilities of the prompt are wanted.
-    pub(crate) fn prefix_hashes(&self) -> &[BlockHash] {
+    /// the log probabilities of the prompt are wanted. What is cached is a prompt's KV: where that differs from that of
+    /// generated tokens, these are computed.
+    pub(crate) fn prefix_hashes(&self, prompts_differ: bool) -> &[BlockHash] {
         if self.prompt_logprobs.is_some() {
             return &[];
         }
-        let full = (self.tokens.len() - 1) / BLOCK_TOKENS;
-        &self.hashes[..full]
+        let reusable = self.tokens.len() - 1;
+        let reusable = if prompts_differ {
+            reusable.min(self.prompt_tokens)
+        } else {
+            reusable
+        };
+        &self.hashes[..reusable / BLOCK_TOKENS]
     }
 
     /// It starts (again) with these blocks.

@@ -182,6 +182,24 @@ fn the_next_turn_says_what_it_would_say_without_a_cache() {
 }
 
 #[test]
+fn a_replay_takes_no_later_prompts_kv_for_its_generated_tokens() {
+    let folder = checkpoint();
+    let mut rig = rig(folder.path(), 16, 100);
+    let asked = prompt(1, 100);
+    let answer = rig_with(folder.path(), Form::Expanded, 16, 256)
+        .run(sampled(asked.clone(), 120))
+        .ids();
+    // The cache has all of it as somebody's prompt.
+    let later = [&asked[..], &answer, &[1, 2, 3]].concat();
+    rig.run(sampled(later, 2));
+    let mut replay = sampled([&asked[..], &answer[..60]].concat(), 120);
+    replay.prompt_tokens = 100;
+    let replayed = rig.run(replay);
+    assert_eq!(replayed.cached_tokens(), Some(64));
+    assert_eq!(replayed.ids_from(60), answer[60..]);
+}
+
+#[test]
 fn a_sequence_goes_on_in_another_network_with_the_same_tokens() {
     let folder = checkpoint();
     let tokens = prompt(3, 150);
