@@ -5,28 +5,29 @@
 //! noticed by its index and ends the attempt. What an old attempt still sends is never read: its streams are dropped
 //! before the next one begins, and its number is refused by the workers.
 
-use std::{sync::Arc, time::Duration};
+mod calls;
+mod recovery;
+
+use std::sync::Arc;
 
 use http::HeaderValue;
 use openai::ApiError;
-use planted::Bug;
 use proto::v1::{
-    self, DecodeRequest, DecodeResponse, FinishReason, RequestKey, ReserveRequest, RunRequest,
-    RunResponse, TransferTarget, decode_response, run_response,
+    self, DecodeResponse, FinishReason, ReserveRequest, RunRequest, RunResponse, TransferTarget,
+    decode_response, run_response,
 };
-use telemetry::trace::{REQUEST_ID, TRACEPARENT};
-use tokio::time::{Instant, sleep, timeout};
-use tonic::{Request, Status};
-use tracing::{debug, info};
+use tokio::time::{Instant, timeout};
+use tonic::Status;
 
 use super::{
     Shared,
-    attempt::{Call, Decode, Ending, Failure, Prefill},
+    attempt::{Decode, Ending, Failure, Prefill},
     lease::Lease,
-    retry::{Reason, Verdict, pause},
-    route::{Route, Wish, choose},
+    retry::{Reason, Verdict},
+    route::Route,
 };
-use crate::fleet::{Assignment, Worker};
+use crate::fleet::Assignment;
+use calls::millis;
 
 /// After so many tokens without a failure, what failed before is forgotten: a long answer may outlive many workers, and
 /// one that makes every worker fail still ends soon.
@@ -437,190 +438,4 @@ impl Sequence {
             None
         }
     }
-
-    /// Prepares the next attempt, or says why there is none.
-    async fn recover(&mut self, failure: Failure) -> Result<(), ApiError> {
-        // Drops the attempt's streams and lease, which cancels it at the workers.
-        self.stage = Stage::Idle;
-        if planted::is(Bug::TokenTwice) && self.produced() > 0 {
-            self.spec.tokens.pop();
-        }
-        let Failure {
-            verdict,
-            detail,
-            avoid,
-        } = failure;
-        let reason = match verdict {
-            Verdict::Fatal(error) => return Err(*error),
-            Verdict::Full => None,
-            Verdict::Retry(reason) => Some(reason),
-        };
-        if Instant::now() >= self.spec.deadline {
-            return Err(ApiError::deadline(
-                "The request did not end within its time limit.",
-            ));
-        }
-        let (config, random) = (self.shared.config.retry, self.shared.seams.entropy.u64());
-        debug!(attempt = self.attempt, %detail, "attempt failed");
-        self.attempt += 1;
-        let wait = if let Some(reason) = reason {
-            let produced = self.produced();
-            if produced - self.failed_at >= PROGRESS_TOKENS {
-                self.failures = 0;
-                self.avoid.clear();
-            }
-            self.failed_at = produced;
-            self.failures += 1;
-            self.avoid.extend(avoid);
-            self.permit_retry(reason)?;
-            info!(attempt = self.attempt, reason = reason.as_str(), %detail, "starting over");
-            pause(config, self.failures, random)
-        } else {
-            self.refusals += 1;
-            let queue_timeout = self.shared.config.admission.queue_timeout;
-            if self.produced() == 0 && self.spec.arrived.elapsed() > queue_timeout {
-                let message = "The server is overloaded: no worker had room in time.";
-                return Err(ApiError::overloaded(message, 1));
-            }
-            pause(config, self.refusals + 1, random)
-        };
-        let left = self.spec.deadline.saturating_duration_since(Instant::now());
-        sleep(wait.min(left)).await;
-        Ok(())
-    }
-
-    fn permit_retry(&self, reason: Reason) -> Result<(), ApiError> {
-        let metrics = &self.shared.metrics;
-        let is_migration = self.produced() > 0;
-        if self.failures > self.shared.config.retry.max_failures {
-            return Err(ApiError::unavailable("The workers failed repeatedly.", 1));
-        }
-        if is_migration {
-            metrics
-                .migrations
-                .with_label_values(&[reason.as_str()])
-                .inc();
-        } else {
-            if !self.shared.budget.withdraw() {
-                return Err(ApiError::unavailable(
-                    "Too many requests fail at the workers.",
-                    1,
-                ));
-            }
-            metrics.retries.with_label_values(&[reason.as_str()]).inc();
-        }
-        Ok(())
-    }
-
-    /// Chooses workers; waits a while if there are none.
-    async fn route(&mut self) -> Result<Route, ApiError> {
-        let shared = &self.shared;
-        let mut changes = shared.fleet.subscribe();
-        let until = self.bound(shared.config.timeouts.no_worker);
-        let mut is_counted = false;
-        loop {
-            changes = changes.resubscribe();
-            let wish = Wish {
-                mode: shared.config.mode,
-                policy: shared.config.policy,
-                avoid: &self.avoid,
-                tokens: &self.spec.tokens,
-                salt: &self.spec.cache_salt,
-            };
-            let random = shared.seams.entropy.u64();
-            match choose(&shared.fleet.workers(), &wish, random, Instant::now()) {
-                Ok(route) => return Ok(route),
-                Err(none) if !is_counted => {
-                    shared
-                        .metrics
-                        .no_pair
-                        .with_label_values(&[none.reason()])
-                        .inc();
-                    is_counted = true;
-                }
-                Err(_) => {}
-            }
-            // A breaker that may be tried again makes no change: look again now and then.
-            let soon = Instant::now() + Duration::from_millis(500);
-            if tokio::time::timeout_at(until.min(soon), changes.recv())
-                .await
-                .is_err()
-                && Instant::now() >= until
-            {
-                return Err(ApiError::unavailable(
-                    "No worker can take the request now.",
-                    1,
-                ));
-            }
-        }
-    }
-
-    /// Calls a decode worker; the call goes out when it is first awaited.
-    fn start_decode(&self, worker: &Worker, lease: Option<&Lease>) -> Call {
-        let (lease, incarnation) = match lease {
-            Some(lease) => (lease.grant.lease, lease.grant.incarnation.clone()),
-            None => (0, worker.incarnation().to_string()),
-        };
-        let sequence = Some(self.sequence());
-        let request = self.request(DecodeRequest {
-            sequence,
-            lease,
-            incarnation,
-        });
-        let mut client = worker.decode();
-        Call::Starting(Box::pin(async move {
-            client
-                .generate(request)
-                .await
-                .map(tonic::Response::into_inner)
-        }))
-    }
-
-    fn key(&self) -> RequestKey {
-        RequestKey {
-            request_id: self.spec.id.clone(),
-            attempt: self.attempt,
-        }
-    }
-
-    fn sequence(&self) -> v1::Sequence {
-        let mut sampling = self.spec.sampling.clone();
-        if planted::is(Bug::SeedLost) && self.attempt > 1 {
-            sampling.seed ^= 1;
-        }
-        v1::Sequence {
-            key: Some(self.key()),
-            tokens: self.spec.tokens.clone(),
-            prompt_tokens: self.prompt_tokens(),
-            sampling: Some(sampling),
-            stop: Some(self.spec.stop.clone()),
-            deadline_ms: millis(self.spec.deadline.saturating_duration_since(Instant::now())),
-            prompt_logprobs: false,
-            cache_salt: self.spec.cache_salt.clone(),
-        }
-    }
-
-    fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        let headers = request.metadata_mut().as_mut();
-        headers.insert(REQUEST_ID, self.spec.request_id.clone());
-        headers.insert(TRACEPARENT, self.spec.traceparent.clone());
-        request
-    }
-
-    /// How long a worker may take to a prompt's first token.
-    fn first_token_limit(&self, worker: &Worker) -> Duration {
-        let timeouts = self.shared.config.timeouts;
-        let tokens = u32::try_from(worker.pending_tokens()).unwrap_or(u32::MAX);
-        timeouts.first_token + timeouts.prompt_token.saturating_mul(tokens)
-    }
-
-    /// `limit` from now, but not past the request's deadline.
-    fn bound(&self, limit: Duration) -> Instant {
-        (Instant::now() + limit).min(self.spec.deadline)
-    }
-}
-
-fn millis(duration: Duration) -> u32 {
-    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
