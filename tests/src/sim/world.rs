@@ -239,6 +239,7 @@ async fn route(seed: u64, addresses: Vec<String>) -> turmoil::Result {
         request: Duration::from_secs(30),
         answer: Duration::from_secs(1),
         first_token: Duration::from_secs(6),
+        prompt_token: Duration::ZERO,
         token: Duration::from_secs(3),
         no_worker: Duration::from_secs(5),
     };
