@@ -122,7 +122,7 @@ impl Cache {
                 .is_ok();
         }
         flag.fetch_update(Ordering::Acquire, Ordering::Relaxed, |readers| {
-            (readers < WRITER - 1).then_some(readers + 1)
+            (readers < WRITER - 1).then(|| readers + 1)
         })
         .is_ok()
     }
