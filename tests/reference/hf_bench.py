@@ -54,7 +54,7 @@ MEDIUM = {
 class Hadal:
     def __init__(self, directory, precision, threads):
         command = ["cargo", "bench", "-q", "-p", "model", "--bench", "steps", "--"]
-        command += [str(directory), str(threads)]
+        command += [str(Path(directory).resolve()), str(threads)]
         command += [precision] if precision else []
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
