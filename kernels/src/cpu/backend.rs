@@ -72,7 +72,7 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, parts: &[HostMatrix<'_>], precision: Precision) -> Result<Linear> {
-        Ok(Linear(Weights::new("linear", parts, precision, self.isa)?))
+        Ok(Linear(Weights::new("linear", parts, precision, self)?))
     }
 
     fn experts(
@@ -110,8 +110,8 @@ impl Backend for Cpu {
             })?;
         }
         let expert = Expert {
-            gate_up: Weights::new(op, &[gate.clone(), up.clone()], experts.precision, self.isa)?,
-            down: Weights::new(op, std::slice::from_ref(down), experts.precision, self.isa)?,
+            gate_up: Weights::new(op, &[gate.clone(), up.clone()], experts.precision, self)?,
+            down: Weights::new(op, std::slice::from_ref(down), experts.precision, self)?,
         };
         let count = experts.slots.len();
         let Some(place) = experts.slots.get_mut(slot) else {
@@ -142,7 +142,7 @@ impl Backend for Cpu {
                 data: bytemuck::cast_slice(head),
                 scales: None,
             };
-            Weights::new("heads", &[part], precision, self.isa)
+            Weights::new("heads", &[part], precision, self)
         });
         Ok(Heads {
             out,

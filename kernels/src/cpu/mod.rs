@@ -18,6 +18,7 @@ mod weights;
 pub use cache::Cache;
 pub use memory::Memory;
 
+use memory::Arena;
 use multiply::Weights;
 use pool::Pool;
 use simd::Isa;
@@ -28,6 +29,8 @@ pub struct Cpu {
     threads: usize,
     /// The fast path's instruction set; none for the reference.
     isa: Option<Isa>,
+    /// Memory for packed weights.
+    arena: Arena,
 }
 
 impl Cpu {
@@ -36,6 +39,7 @@ impl Cpu {
         Self {
             threads: threads.max(1),
             isa: Some(Isa::best()),
+            arena: Arena::default(),
         }
     }
 
@@ -44,6 +48,7 @@ impl Cpu {
         Self {
             threads: 1,
             isa: None,
+            arena: Arena::default(),
         }
     }
 }

@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use super::fast::{CHUNK, Packed, Part, Row, products};
-use super::simd::Isa;
-use super::views::{Acts, shape};
+use super::fast::{self, CHUNK, Packed, Part, Row};
+use super::views::{Acts, Rows, shape};
 use super::weights::Matrix;
-use super::{Stream, reference};
+use super::{Cpu, Stream, reference};
 use crate::backend::{HostMatrix, Precision, Result};
 use crate::fp8;
 
@@ -20,18 +19,24 @@ pub(super) enum Weights {
 }
 
 impl Weights {
-    /// The rows of all parts, in the form of `precision`, for the fast path where `isa` says so.
+    /// The rows of all parts, in the form of `precision`, for the path of `cpu`.
     pub(super) fn new(
         op: &'static str,
         parts: &[HostMatrix<'_>],
         precision: Precision,
-        isa: Option<Isa>,
+        cpu: &Cpu,
     ) -> Result<Self> {
         let matrix = Matrix::new(op, parts, precision)?;
-        match isa {
+        match cpu.isa {
             None => Ok(Self::Plain(matrix)),
-            Some(isa) => Ok(Self::Packed(Packed::new(&matrix, isa)?)),
+            Some(isa) => Ok(Self::Packed(Packed::new(&matrix, isa, &cpu.arena)?)),
         }
+    }
+
+    /// Whether tiles can multiply with them.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn tiles(&self) -> bool {
+        matches!(self, Self::Packed(m) if m.tiles)
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -77,52 +82,146 @@ pub(super) unsafe fn multiply(
     out: &mut [f32],
     stride: usize,
 ) -> Result<()> {
-    let Stream { pool, isa, inputs } = stream;
-    if isa.is_some() {
-        prepare(x, x_row, groups, inputs);
-    }
     // From here on outputs are reached through this pointer alone.
-    let (start, len) = (out.as_mut_ptr(), out.len());
-    let mut rows = Vec::new();
-    let mut parts = Vec::with_capacity(groups.len());
-    for group in groups.iter().filter(|g| !g.rows.is_empty()) {
-        let end = (group.rows.end - 1) * stride + group.out_first + group.weight.rows();
-        assert!(end <= len);
-        match (group.weight, *isa) {
-            (Weights::Packed(weight), Some(_)) => {
-                let first = rows.len();
-                for i in group.rows.clone() {
-                    let (x, scales) = input(x, x_row(i), group, inputs, rows.len());
-                    // SAFETY: inside the output (assert above).
-                    let out = unsafe { start.add(i * stride + group.out_first) };
-                    rows.push(Row { x, scales, out });
-                }
-                let rows = first..rows.len();
-                parts.push(Part { weight, rows });
+    let out = Outputs {
+        start: out.as_mut_ptr(),
+        len: out.len(),
+        stride,
+    };
+    let Stream { pool, isa, inputs } = stream;
+    let Some(isa) = *isa else {
+        return plain(op, x, x_row, groups, &out);
+    };
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if groups.iter().all(|g| g.weight.tiles()) {
+        match x {
+            Acts::Quantised { data, scales, cols } => {
+                let row = |group: &Group<'_>, i: usize| {
+                    let (t, blocks) = (x_row(i), cols.div_ceil(fp8::BLOCK));
+                    let scales = scales[t * blocks..][..blocks].as_ptr();
+                    (data[t * cols..][..cols].as_ptr(), scales, out.row(group, i))
+                };
+                let (rows, parts) = collect(op, groups, row)?;
+                // SAFETY: the weights are for tiles, `row` gives inputs and scales of their sizes; outputs are inside, and
+                // disjoint by contract.
+                unsafe { fast::tile_products(pool, &rows, &parts) };
+                return Ok(());
             }
-            (Weights::Plain(weight), None) => {
-                let at = group.rows.start * stride + group.out_first;
-                // SAFETY: inside the output (assert above), and the only way to it here.
-                let out = unsafe { std::slice::from_raw_parts_mut(start.add(at), end - at) };
-                let row = |i| x_row(group.rows.start + i);
-                reference::matmul(
-                    x,
-                    group.x_first,
-                    &row,
-                    weight,
-                    group.rows.len(),
-                    out,
-                    stride,
-                );
+            Acts::Plain(rows) if exact_in_bf16(rows, x_row, groups) => {
+                let row = |group: &Group<'_>, i: usize| {
+                    let x = rows.row(x_row(i))[group.x_first..][..group.weight.cols()].as_ptr();
+                    (x, std::ptr::null(), out.row(group, i))
+                };
+                let (rows, parts) = collect(op, groups, row)?;
+                // SAFETY: as above.
+                unsafe { fast::tile_products(pool, &rows, &parts) };
+                return Ok(());
             }
-            _ => return shape(op, "weights of another backend"),
+            Acts::Plain(_) => {}
         }
     }
-    if let Some(isa) = *isa {
-        // SAFETY: `input` gives inputs and scales of the weights' sizes; outputs are inside, and disjoint by contract.
-        unsafe { products(pool, isa, &rows, &parts) };
+    prepare(x, x_row, groups, inputs);
+    let mut number = 0;
+    let row = |group: &Group<'_>, i: usize| {
+        let (x, scales) = input(x, x_row(i), group, inputs, number);
+        number += 1;
+        (x, scales, out.row(group, i))
+    };
+    let (rows, parts) = collect(op, groups, row)?;
+    // SAFETY: `input` gives inputs and scales of the weights' sizes; outputs are inside, and disjoint by contract.
+    unsafe { fast::products(pool, isa, &rows, &parts) };
+    Ok(())
+}
+
+/// Rows of outputs, `stride` apart.
+struct Outputs {
+    start: *mut f32,
+    len: usize,
+    stride: usize,
+}
+
+impl Outputs {
+    /// First output of row `i` of a group.
+    fn row(&self, group: &Group<'_>, i: usize) -> *mut f32 {
+        let first = i * self.stride + group.out_first;
+        assert!(first + group.weight.rows() <= self.len);
+        // SAFETY: inside the outputs (assert above).
+        unsafe { self.start.add(first) }
+    }
+}
+
+/// Every group's rows (inputs, scales, outputs) and weights.
+fn collect<'a, T>(
+    op: &'static str,
+    groups: &[Group<'a>],
+    mut row: impl FnMut(&Group<'a>, usize) -> (*const T, *const f32, *mut f32),
+) -> Result<(Vec<Row<T>>, Vec<Part<'a>>)> {
+    let mut rows = Vec::with_capacity(groups.iter().map(|g| g.rows.len()).sum());
+    let mut parts = Vec::with_capacity(groups.len());
+    for group in groups.iter().filter(|g| !g.rows.is_empty()) {
+        let Weights::Packed(weight) = group.weight else {
+            return shape(op, "weights of another backend");
+        };
+        let first = rows.len();
+        rows.extend(group.rows.clone().map(|i| {
+            let (x, scales, out) = row(group, i);
+            Row { x, scales, out }
+        }));
+        let rows = first..rows.len();
+        parts.push(Part { weight, rows });
+    }
+    Ok((rows, parts))
+}
+
+/// The reference's products.
+fn plain(
+    op: &'static str,
+    x: Acts<'_>,
+    x_row: &dyn Fn(usize) -> usize,
+    groups: &[Group<'_>],
+    out: &Outputs,
+) -> Result<()> {
+    for group in groups.iter().filter(|g| !g.rows.is_empty()) {
+        let Weights::Plain(weight) = group.weight else {
+            return shape(op, "weights of another backend");
+        };
+        let (first, last) = (group.rows.start, group.rows.end - 1);
+        let len = (last - first) * out.stride + weight.rows;
+        // SAFETY: `row` sees to it that first and last row are inside the outputs, and this is the only way to them here.
+        let out_rows = unsafe {
+            out.row(group, last);
+            std::slice::from_raw_parts_mut(out.row(group, first), len)
+        };
+        let row = |i| x_row(first + i);
+        reference::matmul(
+            x,
+            group.x_first,
+            &row,
+            weight,
+            group.rows.len(),
+            out_rows,
+            out.stride,
+        );
     }
     Ok(())
+}
+
+/// Whether all groups' inputs are BF16 values that tiles multiply as float32 does: none so small that its products with
+/// FP8 values could be subnormal.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn exact_in_bf16(rows: Rows<'_>, x_row: &dyn Fn(usize) -> usize, groups: &[Group<'_>]) -> bool {
+    const SMALLEST: f32 = 1e-30;
+    let exact = |x: f32| {
+        x.to_bits().trailing_zeros() >= 16 && (x == 0.0 || x.abs() >= SMALLEST || x.is_nan())
+    };
+    groups.iter().all(|group| {
+        group.rows.clone().all(|i| {
+            let row = &rows.row(x_row(i))[group.x_first..][..group.weight.cols()];
+            // No early end inside a chunk, so that vectors do it.
+            row.chunks(64)
+                .all(|chunk| chunk.iter().fold(true, |all, x| all & exact(*x)))
+        })
+    })
 }
 
 /// Fills `inputs` where rows cannot be read in place: FP8 as float32, or padded with zeros to whole chunks.

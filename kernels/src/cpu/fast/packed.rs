@@ -6,7 +6,7 @@ use bytemuck::Pod;
 use half::bf16;
 
 use crate::backend::Result;
-use crate::cpu::memory::Memory;
+use crate::cpu::memory::{Arena, Memory};
 use crate::cpu::simd::Isa;
 use crate::cpu::weights::{Matrix, Values};
 use crate::fp8;
@@ -14,8 +14,8 @@ use crate::fp8;
 /// Outputs that are computed together: two vectors.
 pub(super) const PANEL: usize = 32;
 
-/// Inputs whose products are summed before they join the total.
-pub(in crate::cpu) const CHUNK: usize = 16;
+/// Inputs whose products are summed before they join their block's.
+pub(in crate::cpu) const CHUNK: usize = 32;
 
 /// Element type of packed weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +25,15 @@ pub(super) enum Form {
     Fp8,
 }
 
-/// `[rows, cols]` weights as `[panel][col][32 rows]`, columns padded with zeros to a multiple of 16 and panels to 32 rows:
+/// `[rows, cols]` weights as `[panel][col][32 rows]`, columns padded with zeros to a multiple of 32 and panels to 32 rows:
 /// one load gives one input's weights for neighbouring outputs, and no sum crosses lanes. Rows of a panel share scales.
 #[derive(Debug)]
 pub(in crate::cpu) struct Packed {
     pub(in crate::cpu) rows: usize,
     pub(in crate::cpu) cols: usize,
     pub(super) form: Form,
+    /// Whether `tile_products` may use them: FP8 without NaN, on a processor with tiles.
+    pub(in crate::cpu) tiles: bool,
     data: Memory,
     /// Rows of each panel.
     panels: Vec<Range<usize>>,
@@ -40,16 +42,22 @@ pub(in crate::cpu) struct Packed {
 }
 
 impl Packed {
-    pub(in crate::cpu) fn new(matrix: &Matrix, isa: Isa) -> Result<Self> {
+    pub(in crate::cpu) fn new(matrix: &Matrix, isa: Isa, arena: &Arena) -> Result<Self> {
         let (rows, cols) = (matrix.rows, matrix.cols);
         let panels = split(rows, &matrix.scale_row);
         let len = panels.len() * cols.next_multiple_of(CHUNK) * PANEL;
         let (form, data) = match &matrix.values {
-            Values::F32(values) => (Form::F32, pack(values, cols, &panels, len, |i| i)?),
+            Values::F32(values) => (
+                Form::F32,
+                pack(values, cols, &panels, arena.zeroed(4 * len)?, |i| i),
+            ),
             // Word 2j is row j, word 2j + 1 row 16 + j (`Simd::bf16_pair`).
             Values::Bf16(values) => {
                 let place = |i| i / PANEL * PANEL + i % 16 * 2 + i % PANEL / 16;
-                (Form::Bf16, pack::<bf16>(values, cols, &panels, len, place)?)
+                (
+                    Form::Bf16,
+                    pack::<bf16>(values, cols, &panels, arena.zeroed(2 * len)?, place),
+                )
             }
             Values::Fp8(values) => {
                 let mut order = [0; 64];
@@ -57,9 +65,14 @@ impl Packed {
                     order[natural as usize] = j;
                 }
                 let place = |i| i / 64 * 64 + order[i % 64];
-                (Form::Fp8, pack::<u8>(values, cols, &panels, len, place)?)
+                (
+                    Form::Fp8,
+                    pack::<u8>(values, cols, &panels, arena.zeroed(len)?, place),
+                )
             }
         };
+        let nan = |values: &[u8]| values.iter().any(|byte| byte & 0x7f == 0x7f);
+        let tiles = isa.tiles() && cols > 0 && matches!(&matrix.values, Values::Fp8(v) if !nan(v));
         let mut scales = Vec::new();
         if form == Form::Fp8 {
             for panel in &panels {
@@ -71,6 +84,7 @@ impl Packed {
             rows,
             cols,
             form,
+            tiles,
             data,
             panels,
             scales,
@@ -128,13 +142,12 @@ fn pack<T: Pod>(
     values: &[T],
     cols: usize,
     panels: &[Range<usize>],
-    len: usize,
+    mut data: Memory,
     place: impl Fn(usize) -> usize,
-) -> Result<Memory> {
-    let mut data = Memory::zeroed(len * size_of::<T>())?;
-    let packed = data
-        .slice_mut::<T>()
-        .chunks_exact_mut((len / panels.len().max(1)).max(1));
+) -> Memory {
+    let packed = data.slice_mut::<T>();
+    let size = packed.len() / panels.len().max(1);
+    let packed = packed.chunks_exact_mut(size.max(1));
     for (packed, rows) in packed.zip(panels) {
         for (row, values) in values[rows.start * cols..rows.end * cols]
             .chunks_exact(cols.max(1))
@@ -145,5 +158,5 @@ fn pack<T: Pod>(
             }
         }
     }
-    Ok(data)
+    data
 }

@@ -1,14 +1,16 @@
 //! `x W^T`: the one product behind linear layers, experts and per-head weights.
 //!
-//! Sum of one output: 16 inputs at a time are multiplied and added in order, and that partial sum, times the scales of
-//! its block, is added to the total. A single row runs four such chunks side by side, straight from the packed weights;
-//! several rows share a block of weights dequantised once. Both give the same bits.
+//! Sum of one output: of 32 inputs at a time the products of the even and of the odd ones are added up apart, in order,
+//! then both sums to that of the block of 128 inputs, and the block's, times its scales, to the total. A single row runs
+//! two such chunks side by side, straight from the packed weights; several rows share a block of weights dequantised
+//! once; `tiles` has the processor do the chunks. All give the same bits.
 
 use half::bf16;
 
 use super::packed::{CHUNK, Form, PANEL, Packed};
+use super::rows::vectors;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{Isa, Kernel, Simd};
+use crate::cpu::simd::{Isa, Kernel, LANES, Simd, prefetch};
 use crate::fp8;
 
 /// Rows that are computed against one dequantised block: with it they fill the first-level cache. A multiple of both
@@ -20,19 +22,19 @@ const TASK: usize = 1 << 16;
 
 /// One row of a product.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::cpu) struct Row {
-    /// Inputs, padded with zeros to the weights' padded columns.
-    pub(in crate::cpu) x: *const f32,
+pub(in crate::cpu) struct Row<T> {
+    /// Inputs: for `products` padded with zeros to the weights' padded columns.
+    pub(in crate::cpu) x: *const T,
     /// One scale per 128 inputs, or null for none.
     pub(in crate::cpu) scales: *const f32,
     /// Where the outputs go.
     pub(in crate::cpu) out: *mut f32,
 }
 
-// SAFETY: a row is plain addresses; `products`' contract covers what is behind them.
-unsafe impl Send for Row {}
+// SAFETY: a row is plain addresses; the products' contracts cover what is behind them.
+unsafe impl<T> Send for Row<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Row {}
+unsafe impl<T> Sync for Row<T> {}
 
 /// Rows that are multiplied by the same weights.
 pub(in crate::cpu) struct Part<'a> {
@@ -44,7 +46,12 @@ pub(in crate::cpu) struct Part<'a> {
 ///
 /// # Safety
 /// Every row's inputs, scales and outputs are good for its part's weights, and nothing else touches the outputs.
-pub(in crate::cpu) unsafe fn products(pool: &mut Pool, isa: Isa, rows: &[Row], parts: &[Part<'_>]) {
+pub(in crate::cpu) unsafe fn products(
+    pool: &mut Pool,
+    isa: Isa,
+    rows: &[Row<f32>],
+    parts: &[Part<'_>],
+) {
     let mut tasks = Vec::new();
     let mut work = 0;
     for part in parts {
@@ -71,7 +78,7 @@ pub(in crate::cpu) unsafe fn products(pool: &mut Pool, isa: Isa, rows: &[Row], p
 struct Product<'a> {
     weight: &'a Packed,
     panels: std::ops::Range<usize>,
-    rows: &'a [Row],
+    rows: &'a [Row<f32>],
 }
 
 impl Kernel for Product<'_> {
@@ -150,11 +157,15 @@ impl Product<'_> {
             for rows in self.rows.chunks(ROWS) {
                 // SAFETY: as above; outputs are the caller's.
                 unsafe {
-                    totals.write_bytes(0, rows.len() * PANEL);
+                    for i in 0..rows.len() * PANEL / LANES {
+                        S::store(totals.add(i * LANES), S::splat(0.0));
+                    }
                     self.block_sums::<S, W>(panel, rows, weights, totals);
                     for (i, row) in rows.iter().enumerate() {
-                        let out = row.out.add(outputs.start);
-                        out.copy_from_nonoverlapping(totals.add(i * PANEL), outputs.len());
+                        let (from, to) = (totals.add(i * PANEL), row.out.add(outputs.start));
+                        for (first, n) in vectors(outputs.len()) {
+                            S::store_first(to.add(first), n, S::load(from.add(first)));
+                        }
                     }
                 }
             }
@@ -166,7 +177,7 @@ impl Product<'_> {
     unsafe fn block_sums<S: Simd, W: Load>(
         &self,
         panel: usize,
-        rows: &[Row],
+        rows: &[Row<f32>],
         scratch: *mut f32,
         totals: *mut f32,
     ) {
@@ -180,7 +191,7 @@ impl Product<'_> {
             unsafe {
                 let packed = packed.add(first * PANEL);
                 let at = |i: usize| -> (*const f32, f32) {
-                    let row: Row = rows[i];
+                    let row = rows[i];
                     let own = if row.scales.is_null() {
                         1.0
                     } else {
@@ -271,67 +282,107 @@ unsafe fn tile<S: Simd, W: Load, const M: usize>(
     chunks: usize,
     totals: *mut f32,
 ) {
+    let x = rows.map(|(x, _)| x);
     // SAFETY: the caller's: weights, inputs and totals are as long as `chunks` and `M` say.
     unsafe {
         let mut sums = [[S::splat(0.0); 2]; M];
-        for m in 0..M {
-            let total = totals.add(m * PANEL);
-            sums[m] = [S::load(total), S::load(total.add(16))];
-        }
         let mut chunk = 0;
-        // With few rows, several chunks at once hide the latency of the multiply-add.
-        if M <= 2 && S::WIDE {
-            while chunk + 4 <= chunks {
-                step::<S, W, M, 4>(rows, weights, chunk, &mut sums);
-                chunk += 4;
-            }
-        } else if M <= 4 && S::WIDE || M == 1 {
+        // Eight sums or more at once hide the latency of the multiply-add; what the registers hold bounds them.
+        if M == 1 && S::WIDE {
             while chunk + 2 <= chunks {
-                step::<S, W, M, 2>(rows, weights, chunk, &mut sums);
+                step::<S, W, M, 2>(x, weights, chunk, &mut sums);
                 chunk += 2;
             }
         }
         while chunk < chunks {
-            step::<S, W, M, 1>(rows, weights, chunk, &mut sums);
+            if M == 1 || M <= 4 && S::WIDE {
+                step::<S, W, M, 1>(x, weights, chunk, &mut sums);
+            } else {
+                turns::<S, W, M>(x, weights, chunk, &mut sums);
+            }
             chunk += 1;
         }
-        for (m, sum) in sums.iter().enumerate() {
-            S::store(totals.add(m * PANEL), sum[0]);
-            S::store(totals.add(m * PANEL + 16), sum[1]);
+        for m in 0..M {
+            let scale = S::splat(rows[m].1);
+            for half in 0..2 {
+                let total = totals.add(m * PANEL + half * 16);
+                S::store(total, S::fma(sums[m][half], scale, S::load(total)));
+            }
         }
     }
 }
 
-/// `C` chunks of `M` rows, side by side.
+/// `C` chunks of `M` rows, all sums side by side.
 #[inline(always)]
 unsafe fn step<S: Simd, W: Load, const M: usize, const C: usize>(
-    rows: [(*const f32, f32); M],
+    x: [*const f32; M],
     weights: *const W,
     chunk: usize,
     sums: &mut [[S::V; 2]; M],
 ) {
     // SAFETY: the caller's, as for `tile`.
     unsafe {
-        let mut partial = [[[S::splat(0.0); 2]; C]; M];
+        let mut partial = [[[[S::splat(0.0); 2]; 2]; C]; M];
         for k in (0..CHUNK).step_by(2) {
             for c in 0..C {
                 let col = (chunk + c) * CHUNK + k;
-                let two = W::two::<S>(weights.add(col * PANEL));
-                for j in 0..2 {
+                let weights = weights.add(col * PANEL);
+                if M == 1 {
+                    prefetch(weights.cast(), 2 * PANEL * size_of::<W>());
+                }
+                let two = W::two::<S>(weights);
+                for odd in 0..2 {
                     for m in 0..M {
-                        let x = S::splat(*rows[m].0.add(col + j));
-                        let p = &mut partial[m][c];
-                        p[0] = S::fma(x, two[j][0], p[0]);
-                        p[1] = S::fma(x, two[j][1], p[1]);
+                        let x = S::splat(*x[m].add(col + odd));
+                        let p = &mut partial[m][c][odd];
+                        p[0] = S::fma(x, two[odd][0], p[0]);
+                        p[1] = S::fma(x, two[odd][1], p[1]);
                     }
                 }
             }
         }
         for c in 0..C {
             for m in 0..M {
-                let scale = S::splat(rows[m].1);
-                sums[m][0] = S::fma(partial[m][c][0], scale, sums[m][0]);
-                sums[m][1] = S::fma(partial[m][c][1], scale, sums[m][1]);
+                for half in 0..2 {
+                    let both = S::add(partial[m][c][0][half], partial[m][c][1][half]);
+                    sums[m][half] = S::add(sums[m][half], both);
+                }
+            }
+        }
+    }
+}
+
+/// One chunk of `M` rows, first the even inputs, then the odd ones.
+#[inline(always)]
+unsafe fn turns<S: Simd, W: Load, const M: usize>(
+    x: [*const f32; M],
+    weights: *const W,
+    chunk: usize,
+    sums: &mut [[S::V; 2]; M],
+) {
+    // SAFETY: the caller's, as for `tile`.
+    unsafe {
+        let mut even = [[S::splat(0.0); 2]; M];
+        for odd in 0..2 {
+            let mut partial = [[S::splat(0.0); 2]; M];
+            for k in (0..CHUNK).step_by(2) {
+                let col = chunk * CHUNK + k;
+                let weights = W::two::<S>(weights.add(col * PANEL))[odd];
+                for m in 0..M {
+                    let x = S::splat(*x[m].add(col + odd));
+                    partial[m][0] = S::fma(x, weights[0], partial[m][0]);
+                    partial[m][1] = S::fma(x, weights[1], partial[m][1]);
+                }
+            }
+            for m in 0..M {
+                for half in 0..2 {
+                    if odd == 0 {
+                        even[m][half] = partial[m][half];
+                    } else {
+                        let both = S::add(even[m][half], partial[m][half]);
+                        sums[m][half] = S::add(sums[m][half], both);
+                    }
+                }
             }
         }
     }

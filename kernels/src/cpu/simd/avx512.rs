@@ -42,8 +42,8 @@ const fn bf16_bytes(high: bool) -> [u8; 128] {
     table
 }
 
-static HIGH: [u8; 128] = bf16_bytes(true);
-static LOW: [u8; 128] = bf16_bytes(false);
+pub(super) static HIGH: [u8; 128] = bf16_bytes(true);
+pub(super) static LOW: [u8; 128] = bf16_bytes(false);
 
 #[inline(always)]
 unsafe fn table(bytes: &[u8; 128]) -> [__m512i; 2] {
@@ -74,19 +74,16 @@ unsafe fn widen(words: __m512i) -> [__m512; 2] {
 impl Simd for Avx512 {
     type V = __m512;
     const WIDE: bool = true;
-    // Interleaving bytes of a register works within its 128-bit quarters: quarter q's first 8 bytes become the even and
-    // odd words 8q.. of one register, its last 8 of another.
+    // Interleaving bytes of two registers works within their 128-bit quarters: quarter q's first 8 bytes become the words
+    // 8q.. of one register, its last 8 of another. Words are pairs of columns of one row: the first register has the
+    // first 16 rows. AMX takes them as they are.
     const FP8_ORDER: [u8; 64] = {
         let mut order = [0; 64];
-        let mut vector = 0;
-        while vector < 4 {
-            let mut lane = 0;
-            while lane < 16 {
-                let byte = 16 * (lane / 4) + 8 * (vector / 2) + 2 * (lane % 4) + vector % 2;
-                order[byte] = (16 * vector + lane) as u8;
-                lane += 1;
-            }
-            vector += 1;
+        let mut byte = 0;
+        while byte < 64 {
+            let (quarter, half, word) = (byte / 16, byte / 8 % 2, byte % 8);
+            order[byte] = (word % 2 * 32 + 16 * half + 4 * quarter + word / 2) as u8;
+            byte += 1;
         }
         order
     };
@@ -181,10 +178,9 @@ impl Simd for Avx512 {
         let sign = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
         let high = _mm512_or_si512(_mm512_permutex2var_epi8(h0, bytes, h1), sign);
         let low = _mm512_permutex2var_epi8(l0, bytes, l1);
-        [
-            widen(_mm512_unpacklo_epi8(low, high)),
-            widen(_mm512_unpackhi_epi8(low, high)),
-        ]
+        let [a0, b0] = widen(_mm512_unpacklo_epi8(low, high));
+        let [a1, b1] = widen(_mm512_unpackhi_epi8(low, high));
+        [[a0, a1], [b0, b1]]
     }
     #[inline(always)]
     unsafe fn store_fp8(p: *mut u8, v: __m512) {

@@ -6,6 +6,8 @@
     reason = "only what is inlined into `run` is compiled for its instruction set"
 )]
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +18,22 @@ use half::bf16;
 
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
+
+/// Bytes ahead of those in use that are asked for: what arrives from memory while a core computes with what it has.
+pub(super) const AHEAD: usize = 1024;
+
+/// Asks for `bytes` bytes, [`AHEAD`] of `p`, from memory; any address will do.
+#[inline(always)]
+pub(super) fn prefetch(p: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which reads nothing and has no faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (p, bytes);
+}
 
 /// The operations that kernels are made of.
 ///
@@ -132,6 +150,9 @@ pub(super) struct Isa(Level);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Level {
+    /// AVX-512, and AMX tiles for products of FP8 with FP8.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -152,6 +173,10 @@ impl Isa {
                 && has!("avx512dq")
                 && has!("avx512vbmi")
             {
+                #[cfg(target_os = "linux")]
+                if amx::available() {
+                    all.push(Self(Level::Amx));
+                }
                 all.push(Self(Level::Avx512));
             }
             if has!("avx2") && has!("fma") {
@@ -167,11 +192,22 @@ impl Isa {
         Self::available()[0]
     }
 
+    /// Whether products may use AMX tiles.
+    pub(super) fn tiles(self) -> bool {
+        match self.0 {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Level::Amx => true,
+            _ => false,
+        }
+    }
+
     /// Order of packed FP8 weights, see [`Simd::FP8_ORDER`].
     pub(super) fn fp8_order(self) -> [u8; 64] {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => avx512::Avx512::FP8_ORDER,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Level::Amx => avx512::Avx512::FP8_ORDER,
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => avx2::Avx2::FP8_ORDER,
             Level::Portable => portable::Portable::FP8_ORDER,
@@ -188,6 +224,8 @@ impl Isa {
             match self.0 {
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx512 => avx512::run(kernel),
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                Level::Amx => avx512::run(kernel),
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx2 => avx2::run(kernel),
                 Level::Portable => kernel.run::<portable::Portable>(),

@@ -326,6 +326,7 @@ fn wrong_shapes_and_foreign_weights_are_errors() {
         let other = super::Cpu {
             threads: 1,
             isa: cpu.isa.is_none().then(super::Isa::best),
+            ..cpu.clone()
         };
         assert!(run(&x, 2, 4, &mut other.stream().unwrap()).is_err());
     }

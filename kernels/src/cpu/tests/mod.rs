@@ -8,7 +8,7 @@ mod rows;
 
 use half::bf16;
 
-use super::memory::Memory;
+use super::memory::{Arena, Memory};
 use super::simd::Isa;
 use super::{Cpu, Stream};
 use crate::backend::{Backend, HostMatrix, Quantised};
@@ -53,6 +53,7 @@ pub(super) fn backends() -> Vec<Cpu> {
             all.push(Cpu {
                 threads,
                 isa: Some(isa),
+                arena: Arena::default(),
             });
         }
     }
