@@ -2,7 +2,8 @@
 //!
 //! `cargo bench -p model --bench steps -- DIR THREADS [PRECISION]` loads the checkpoint and answers each line of standard
 //! input (`prefill BATCH TOKENS` or `decode BATCH CONTEXT STEPS`) with the seconds it took, weights and cache being warm,
-//! and the main thread's processor seconds: with one thread, what a busy machine does not distort.
+//! and the main thread's processor seconds: with one thread, what a busy machine does not distort. Attention has the forms
+//! that the engine chooses on the CPU: expanded for prompts, absorbed for what follows.
 
 use std::{
     io::{self, BufRead as _, Write as _},
@@ -12,7 +13,7 @@ use std::{
 };
 
 use kernels::Cpu;
-use model::{Checkpoint, Limits, Network, Scratch, Sequence};
+use model::{Checkpoint, Form, Limits, Network, Scratch, Sequence};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -72,7 +73,7 @@ fn main() -> Result<()> {
         max_sequences: MAX_SEQUENCES,
         max_context: MAX_CONTEXT,
         max_expanded_context: MAX_CONTEXT,
-        expanded_from: model::EXPANDED_FROM,
+        expanded_from: 1,
         max_states: 0,
         mtp: false,
     };
@@ -105,15 +106,15 @@ impl Bench {
             Some(&"prefill") => {
                 let tokens = number(2)?;
                 let start = Watch::start()?;
-                self.step(batch, 0, tokens)?;
+                self.step(batch, 0, tokens, Form::Expanded)?;
                 start.stop()
             }
             Some(&"decode") => {
                 let context = number(2)?;
-                self.step(batch, 0, context)?;
+                self.step(batch, 0, context, Form::Expanded)?;
                 let start = Watch::start()?;
                 for step in 0..number(3)? {
-                    self.step(batch, context + step, 1)?;
+                    self.step(batch, context + step, 1, Form::Absorbed)?;
                 }
                 start.stop()
             }
@@ -122,13 +123,12 @@ impl Bench {
     }
 
     /// `new` tokens for each sequence after `first` others, logits of the last.
-    fn step(&mut self, batch: usize, first: usize, new: usize) -> Result<()> {
+    fn step(&mut self, batch: usize, first: usize, new: usize, form: Form) -> Result<()> {
         let vocab = self.network.config().vocab_size;
         let tokens: Vec<u32> = (0..batch * new)
             .map(|i| ((first + i) * 31 % vocab) as u32)
             .collect();
         let blocks: Vec<u32> = (0..(batch * BLOCKS) as u32).collect();
-        let form = self.network.form(new, first + new);
         let sequences: Vec<Sequence<'_>> = tokens
             .chunks(new)
             .zip(blocks.chunks(BLOCKS))
