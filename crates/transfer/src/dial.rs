@@ -1,6 +1,6 @@
 //! How connections are made: a seam, so that the same code runs over TCP and in the simulator.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint, Error};
@@ -20,7 +20,8 @@ const MAX_PEERS: usize = 1024;
 /// on every stream.
 pub struct Channels {
     dial: Dial,
-    peers: Mutex<HashMap<String, Channel>>,
+    /// In an order of their own: a simulated worker that leaves closes them in the same order in every run.
+    peers: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl Channels {

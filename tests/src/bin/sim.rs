@@ -1,6 +1,7 @@
 //! Runs the simulator over many seeds: `cargo run --release -p hadal-tests --bin sim -- --seeds 20000`.
 
 use std::{
+    ops::ControlFlow,
     process::ExitCode,
     sync::atomic::{AtomicU64, Ordering},
     time::Instant,
@@ -8,6 +9,7 @@ use std::{
 
 use clap::Parser;
 use hadal_tests::sim;
+use telemetry::log;
 
 /// Lets seeds happen and prints those that did what must never happen.
 #[derive(Debug, Parser)]
@@ -20,29 +22,32 @@ struct Args {
     seeds: u64,
     /// Threads
     #[arg(long, default_value_t = 2)]
-    threads: u64,
+    threads: usize,
+    /// Run each seed twice; two runs that differ are bad as well
+    #[arg(long)]
+    twice: bool,
     /// Print plan and outcome of every seed
     #[arg(long)]
     verbose: bool,
+    /// What everything simulated logs to standard error, as "debug" or "info,turmoil=trace": for one seed
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let begun = Instant::now();
-    let (next, bad) = (AtomicU64::new(args.from), AtomicU64::new(0));
-    let end = args.from + args.seeds;
-    std::thread::scope(|scope| {
-        for _ in 0..args.threads {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= end {
-                        return;
-                    }
-                    bad.fetch_add(u64::from(!is_good(seed, args.verbose)), Ordering::Relaxed);
-                }
-            });
+    if let Some(log) = args.log.clone() {
+        let log_format = log::Format::Text;
+        if let Err(error) = log::init(&log::Args { log, log_format }) {
+            eprintln!("{error}");
+            return ExitCode::FAILURE;
         }
+    }
+    let begun = Instant::now();
+    let bad = AtomicU64::new(0);
+    sim::seeds::each(args.from..args.from + args.seeds, args.threads, |seed| {
+        bad.fetch_add(u64::from(!is_good(seed, &args)), Ordering::Relaxed);
+        ControlFlow::Continue(())
     });
     let bad = bad.into_inner();
     let seconds = begun.elapsed().as_secs_f64();
@@ -54,9 +59,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn is_good(seed: u64, verbose: bool) -> bool {
+fn is_good(seed: u64, args: &Args) -> bool {
     let report = sim::run(seed);
-    if verbose || !report.violations.is_empty() {
+    if args.verbose || !report.violations.is_empty() {
         let plan = sim::Plan::of(seed);
         eprintln!(
             "seed {seed}: {:.1} s simulated, trace {:016x}",
@@ -79,5 +84,13 @@ fn is_good(seed: u64, verbose: bool) -> bool {
             eprintln!("  VIOLATION {violation}");
         }
     }
-    report.violations.is_empty()
+    let again = if args.twice {
+        sim::run(seed).trace
+    } else {
+        report.trace
+    };
+    if again != report.trace {
+        eprintln!("seed {seed}: traces {:016x} and {again:016x}", report.trace);
+    }
+    report.violations.is_empty() && again == report.trace
 }

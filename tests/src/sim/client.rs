@@ -9,7 +9,7 @@ use proto::v1::{
 };
 use tonic::transport::Endpoint;
 
-use super::{net, plan::Ask};
+use super::{net::Net, plan::Ask};
 
 /// What a client saw of its request.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,8 +39,8 @@ pub enum End {
 pub(super) const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Sends `ask` and follows it to its end.
-pub(super) async fn follow(ask: &Ask, seen: &Arc<Mutex<Outcome>>) {
-    let end = match tokio::time::timeout(PATIENCE, stream(ask, seen)).await {
+pub(super) async fn follow(net: &Net, ask: &Ask, seen: &Arc<Mutex<Outcome>>) {
+    let end = match tokio::time::timeout(PATIENCE, stream(net, ask, seen)).await {
         Ok(end) => end,
         Err(_) => Some(End::Hung),
     };
@@ -48,9 +48,9 @@ pub(super) async fn follow(ask: &Ask, seen: &Arc<Mutex<Outcome>>) {
 }
 
 /// Returns how it ended where the stream itself did not say.
-async fn stream(ask: &Ask, seen: &Arc<Mutex<Outcome>>) -> Option<End> {
+async fn stream(net: &Net, ask: &Ask, seen: &Arc<Mutex<Outcome>>) -> Option<End> {
     let endpoint = Endpoint::from_static("http://router:9000");
-    let mut client = InferenceClient::new(net::dial(&net::Flips::default())(endpoint));
+    let mut client = InferenceClient::new(net.dial()(endpoint));
     let request = GenerateRequest {
         model: "toy".into(),
         input: Some(generate_request::Input::TokenIds(TokenIds {

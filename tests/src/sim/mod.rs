@@ -9,13 +9,13 @@ mod judge;
 mod net;
 mod oracle;
 mod plan;
+pub mod seeds;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod world;
 
 use std::{
-    collections::hash_map::DefaultHasher,
-    hash::{Hash, Hasher},
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -27,8 +27,9 @@ pub use client::{End, Outcome};
 pub use judge::Violation;
 pub use plan::{Ask, Fault, Link, Plan};
 
-use net::Flips;
+use net::Net;
 use testkit::toy::ToyConfig;
+use trace::Trace;
 use world::Lives;
 
 /// Time of a simulation's step.
@@ -43,7 +44,8 @@ pub struct Report {
     pub outcomes: Vec<Outcome>,
     /// What must never happen, and did.
     pub violations: Vec<Violation>,
-    /// Hash over everything that clients saw and when.
+    /// Hash over every write to the network and everything that clients saw, and when. The same for every run of a plan
+    /// with the same seed.
     pub trace: u64,
     /// Simulated time.
     pub took: Duration,
@@ -67,7 +69,8 @@ pub fn run_plan(seed: u64, plan: &Plan) -> Report {
         ..ToyConfig::default()
     };
     let lives = Lives::default();
-    let flips = Flips::default();
+    let trace = Trace::default();
+    let net = Net::new(trace.clone());
     let mut sim = turmoil::Builder::new()
         .rng_seed(seed)
         .simulation_duration(Duration::from_secs(3600))
@@ -76,21 +79,19 @@ pub fn run_plan(seed: u64, plan: &Plan) -> Report {
         .max_message_latency(Duration::from_millis(20))
         .tcp_capacity(1 << 16)
         .build();
-    world::populate(&mut sim, seed, plan, &toy, &lives, &flips);
-    let log = Arc::new(Mutex::new(DefaultHasher::new()));
+    world::populate(&mut sim, seed, plan, &toy, &lives, &net);
     let outcomes: Vec<Arc<Mutex<Outcome>>> = plan.asks.iter().map(|_| Arc::default()).collect();
     for (number, (ask, outcome)) in plan.asks.iter().zip(&outcomes).enumerate() {
-        let (ask, outcome, log) = (ask.clone(), Arc::clone(outcome), Arc::clone(&log));
+        let (ask, outcome) = (ask.clone(), Arc::clone(outcome));
+        let (net, trace) = (net.clone(), trace.clone());
         sim.client(format!("client-{number}"), async move {
             tokio::time::sleep(ask.at).await;
-            client::follow(&ask, &outcome).await;
-            let seen = outcome.lock();
-            (number, turmoil::elapsed().as_millis() as u64, &seen.tokens).hash(&mut *log.lock());
-            format!("{:?}", seen.ends).hash(&mut *log.lock());
+            client::follow(&net, &ask, &outcome).await;
+            trace.note((number, format!("{:?}", outcome.lock())));
             Ok(())
         });
     }
-    let mut driver = Driver::new(plan, flips);
+    let mut driver = Driver::new(plan, net.clone());
     let mut violations = Vec::new();
     let rested = driver.drive(&mut sim, &lives, &outcomes);
     let outcomes: Vec<Outcome> = outcomes
@@ -106,20 +107,19 @@ pub fn run_plan(seed: u64, plan: &Plan) -> Report {
         &oracle::answers(&toy, &plan.asks),
         &outcomes,
     ));
-    if let Err(dead) = alive(&mut sim, &toy) {
+    if let Err(dead) = alive(&mut sim, &net, &toy) {
         violations.push(Violation::Dead(dead));
     }
-    let trace = log.lock().finish();
     Report {
         outcomes,
         violations,
-        trace,
+        trace: trace.hash(),
         took: sim.elapsed(),
     }
 }
 
 /// After everything healed, a fresh request must be answered.
-fn alive(sim: &mut Sim<'_>, toy: &ToyConfig) -> Result<(), String> {
+fn alive(sim: &mut Sim<'_>, net: &Net, toy: &ToyConfig) -> Result<(), String> {
     let ask = Ask {
         at: Duration::ZERO,
         prompt: (1..100).collect(),
@@ -129,9 +129,9 @@ fn alive(sim: &mut Sim<'_>, toy: &ToyConfig) -> Result<(), String> {
         leave_after: None,
     };
     let outcome: Arc<Mutex<Outcome>> = Arc::default();
-    let (sent, seen) = (ask.clone(), Arc::clone(&outcome));
+    let (net, sent, seen) = (net.clone(), ask.clone(), Arc::clone(&outcome));
     sim.client("client-last", async move {
-        client::follow(&sent, &seen).await;
+        client::follow(&net, &sent, &seen).await;
         Ok(())
     });
     while outcome.lock().ends.is_empty() {
@@ -152,7 +152,7 @@ fn alive(sim: &mut Sim<'_>, toy: &ToyConfig) -> Result<(), String> {
 
 /// Lets faults begin and end at their times.
 struct Driver {
-    flips: Flips,
+    net: Net,
     due: Vec<(Duration, Act)>,
 }
 
@@ -164,7 +164,7 @@ enum Act {
 }
 
 impl Driver {
-    fn new(plan: &Plan, flips: Flips) -> Self {
+    fn new(plan: &Plan, net: Net) -> Self {
         let mut due: Vec<(Duration, Act)> = Vec::new();
         for (at, fault) in &plan.faults {
             due.push((*at, Act::Begin(fault.clone())));
@@ -173,7 +173,7 @@ impl Driver {
             }
         }
         due.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-        Self { flips, due }
+        Self { net, due }
     }
 
     /// Steps until every fault is over, every client knows how its request ended and everything is at rest; false when
@@ -188,7 +188,7 @@ impl Driver {
         loop {
             while self.due.last().is_some_and(|(at, _)| *at <= sim.elapsed()) {
                 if let Some((_, act)) = self.due.pop() {
-                    act.happen(sim, lives, &self.flips);
+                    act.happen(sim, lives, &self.net);
                 }
             }
             sim.step().expect("the simulated network works");
@@ -221,17 +221,23 @@ fn lasts(fault: &Fault) -> Option<Duration> {
 }
 
 impl Act {
-    fn happen(self, sim: &mut Sim<'_>, lives: &Lives, flips: &Flips) {
+    fn happen(self, sim: &mut Sim<'_>, lives: &Lives, net: &Net) {
         match self {
-            Self::Begin(Fault::Crash { worker, .. }) => sim.crash(worker),
+            Self::Begin(Fault::Crash { worker, .. }) => {
+                net.host_dies();
+                sim.crash(worker);
+                // It may have ended by itself before: nothing was dropped then.
+                net.close();
+            }
             Self::Begin(Fault::Partition(link)) => sim.partition(link.from, link.to),
             Self::Begin(Fault::OneWay(link)) => sim.partition_oneway(link.from, link.to),
             Self::Begin(Fault::Hold(link)) => sim.hold(link.from, link.to),
             Self::Begin(Fault::Delay(link, time)) => sim.set_link_latency(link.from, link.to, time),
             Self::Begin(Fault::Slow { worker }) => lives.slow_down(&worker),
-            Self::Begin(Fault::Flip { worker }) => flips.add(&worker),
+            Self::Begin(Fault::Flip { worker }) => net.flip(&worker),
             Self::Begin(Fault::Drain { worker, .. }) => lives.stop(&worker),
             Self::Heal(Fault::Crash { worker, .. } | Fault::Drain { worker, .. }) => {
+                net.host_dies();
                 sim.bounce(worker);
             }
             Self::Heal(Fault::Partition(link)) => sim.repair(link.from, link.to),

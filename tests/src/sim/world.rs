@@ -19,10 +19,7 @@ use tokio_util::sync::CancellationToken;
 use turmoil::Sim;
 use worker::{Identity, Role};
 
-use super::{
-    net::{self, Flips},
-    plan::Plan,
-};
+use super::{net::Net, plan::Plan};
 use testkit::{scripted::Scripted, toy::ToyConfig};
 
 /// Port of workers' services.
@@ -150,7 +147,7 @@ pub(super) fn populate(
     plan: &Plan,
     toy: &ToyConfig,
     lives: &Lives,
-    flips: &Flips,
+    net: &Net,
 ) {
     let names = plan.workers();
     for name in &names {
@@ -163,28 +160,35 @@ pub(super) fn populate(
             blocks: plan.blocks,
             ..toy.clone()
         };
-        let (name, lives, flips) = (name.clone(), lives.clone(), flips.clone());
+        let (name, lives, net) = (name.clone(), lives.clone(), net.clone());
         sim.host(name.clone(), move || {
-            work(
-                name.clone(),
-                role,
-                toy.clone(),
-                lives.clone(),
-                flips.clone(),
-            )
+            // Of a life before this one that had ended by itself.
+            net.close();
+            let last = LastAct(net.clone());
+            let life = work(name.clone(), role, toy.clone(), lives.clone(), net.clone());
+            async move {
+                let _last = last;
+                life.await
+            }
         });
     }
     let addresses: Vec<String> = names.iter().map(|name| format!("{name}:{GRPC}")).collect();
-    sim.host("router", move || route(seed, addresses.clone()));
+    let net = net.clone();
+    sim.host("router", move || {
+        route(seed, addresses.clone(), net.clone())
+    });
 }
 
-async fn work(
-    name: String,
-    role: Role,
-    toy: ToyConfig,
-    lives: Lives,
-    flips: Flips,
-) -> turmoil::Result {
+/// Closes the connections of a worker that dies, when the rest of it is gone.
+struct LastAct(Net);
+
+impl Drop for LastAct {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+async fn work(name: String, role: Role, toy: ToyConfig, lives: Lives, net: Net) -> turmoil::Result {
     let number = lives.begin(&name);
     let options = Options {
         max_running: 8,
@@ -221,19 +225,19 @@ async fn work(
     };
     let outside = worker::Outside {
         engine,
-        dial: net::dial(&flips),
+        dial: net.dial(),
         metrics: Metrics::new(&[])?,
         health: Health::new(),
     };
     let incoming = worker::Incoming {
-        grpc: Box::pin(net::listen(GRPC).await?),
-        kv: Box::pin(net::listen(KV).await?),
+        grpc: Box::pin(net.listen(GRPC).await?),
+        kv: Box::pin(net.listen(KV).await?),
     };
     worker::serve(config, outside, incoming, stop).await?;
     Ok(())
 }
 
-async fn route(seed: u64, addresses: Vec<String>) -> turmoil::Result {
+async fn route(seed: u64, addresses: Vec<String>, net: Net) -> turmoil::Result {
     let mut config = router::Config::new("toy");
     config.pipeline.timeouts = router::Timeouts {
         request: Duration::from_secs(30),
@@ -243,14 +247,15 @@ async fn route(seed: u64, addresses: Vec<String>) -> turmoil::Result {
         token: Duration::from_secs(3),
         no_worker: Duration::from_secs(5),
     };
+    let dialer = net.clone();
     let seams = Seams {
-        dial: Arc::new(|address| Box::pin(net::connect(address))),
+        dial: Arc::new(move |address| Box::pin(dialer.clone().connect(address))),
         entropy: Entropy::seeded(seed),
         unix_time: Arc::new(|| 1_700_000_000),
     };
     let incoming = router::Incoming {
-        http: Box::pin(net::listen(ROUTER_HTTP).await?),
-        grpc: Box::pin(net::listen(ROUTER_GRPC).await?),
+        http: Box::pin(net.listen(ROUTER_HTTP).await?),
+        grpc: Box::pin(net.listen(ROUTER_GRPC).await?),
     };
     let text = super::text()?;
     let metrics = Metrics::new(&[])?;
