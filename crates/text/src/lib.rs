@@ -8,6 +8,7 @@
 
 mod answer;
 mod config;
+mod cut;
 mod detokeniser;
 pub mod forgery;
 mod python;

@@ -6,12 +6,11 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use fancy_regex::Regex;
 use parking_lot::RwLock;
 use serde_json::{Map, Value};
 use tokenizers::Model;
 
-use crate::TokenizerError;
+use crate::{TokenizerError, cut::Cutter};
 
 /// Words remembered at most, and the longest of them in bytes.
 const MAX_WORDS: usize = 1 << 16;
@@ -20,7 +19,7 @@ const MAX_WORD_BYTES: usize = 64;
 /// Encodes by words.
 #[derive(Debug)]
 pub(crate) struct Words {
-    cuts: Vec<Regex>,
+    cutter: Cutter,
     known: RwLock<HashMap<Box<str>, Arc<[u32]>>>,
     /// The character that stands for each byte in the model's vocabulary.
     chars: [char; 256],
@@ -47,18 +46,15 @@ impl Words {
         if !is_plain {
             return None;
         }
-        let cut = |pattern: &Value| {
+        let patterns = patterns.iter().map(|pattern| {
             let is_isolated = pattern["type"] == "Split"
                 && pattern["behavior"] == "Isolated"
                 && pattern["invert"] == false;
-            let regex = pattern["pattern"]["Regex"]
-                .as_str()
-                .filter(|_| is_isolated)?;
-            Regex::new(regex).ok()
-        };
-        let cuts = patterns.iter().map(cut).collect::<Option<Vec<_>>>()?;
+            pattern["pattern"]["Regex"].as_str().filter(|_| is_isolated)
+        });
+        let patterns: Vec<&str> = patterns.collect::<Option<_>>()?;
         Some(Self {
-            cuts,
+            cutter: Cutter::new(&patterns)?,
             known: RwLock::default(),
             chars: *chars,
         })
@@ -74,7 +70,7 @@ impl Words {
         let mut new: Vec<(Box<str>, Arc<[u32]>)> = Vec::new();
         let known = self.known.read();
         let mut result = Ok(());
-        cut(&self.cuts, text, &mut |word| {
+        self.cutter.cut(text, &mut |word| {
             if let Some(found) = known.get(word) {
                 ids.extend_from_slice(found);
                 return;
@@ -101,27 +97,5 @@ impl Words {
             known.extend(new.into_iter().take(room));
         }
         result
-    }
-}
-
-/// Cuts `text` at the matches of each pattern in turn: a match is a piece, and so is what lies between two.
-fn cut(cuts: &[Regex], text: &str, found: &mut impl FnMut(&str)) {
-    let Some((first, rest)) = cuts.split_first() else {
-        if !text.is_empty() {
-            found(text);
-        }
-        return;
-    };
-    let mut end = 0;
-    // A pattern that gives up (on a text made for that) cuts nothing more, as in the tokenizers crate.
-    for piece in first.find_iter(text).map_while(Result::ok) {
-        if piece.start() > end {
-            cut(rest, &text[end..piece.start()], found);
-        }
-        cut(rest, piece.as_str(), found);
-        end = piece.end();
-    }
-    if end < text.len() {
-        cut(rest, &text[end..], found);
     }
 }
