@@ -1,25 +1,24 @@
 //! Command-line flags, and the router on sockets.
 
-use std::{collections::BTreeMap, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
-use futures::{Stream, stream};
 use telemetry::{
     announce::Announcement,
     metrics::Metrics,
     shutdown::{Tasks, on_parent_exit, on_signals},
 };
 use text::Text;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    AdmissionConfig, Config, FleetConfig, Incoming, Keys, Mode, PipelineConfig, Timeouts,
+    AdmissionConfig, Common, Config, FleetConfig, Keys, Mode, PipelineConfig, Timeouts,
     discovery::{self, Endpoints},
+    lanes::{self, Lanes},
     policy::Policy,
     seams::Seams,
-    serve,
 };
 
 /// Routes requests to prefill and decode workers; speaks OpenAI HTTP and gRPC.
@@ -81,6 +80,9 @@ pub struct Args {
     /// A worker that does not answer a ping for so many milliseconds is gone
     #[arg(long, env = "HADAL_WORKER_TIMEOUT_MS", default_value_t = FleetConfig::default().silence.as_millis() as u64)]
     pub worker_timeout_ms: u64,
+    /// Threads that serve requests, each with a connection of its own to every worker; 0: one a core, 4 at most
+    #[arg(long, env = "HADAL_ROUTER_THREADS", default_value_t = 0)]
+    pub threads: usize,
     /// How long running requests may take to end after SIGTERM, in seconds
     #[arg(long, env = "HADAL_DRAIN_TIMEOUT_S", default_value_t = 30)]
     pub drain_timeout_s: u64,
@@ -171,37 +173,28 @@ async fn start(args: Args) -> anyhow::Result<()> {
     let folder = args.model.clone();
     let text = tokio::task::spawn_blocking(move || Text::load(&folder)).await??;
     let endpoints = args.endpoints(&tasks).await?;
-    let seams = Seams::system();
     let ready = Announcement::Ready {
         role: "router".into(),
-        incarnation: format!("router-{:016x}", seams.entropy.u64()),
+        incarnation: format!("router-{:016x}", Seams::system().entropy.u64()),
         addresses: BTreeMap::from([
             ("http".into(), http.local_addr()?.to_string()),
             ("grpc".into(), grpc.local_addr()?.to_string()),
         ]),
         memory_bytes: 0,
     };
-    let incoming = Incoming {
-        http: accept(http),
-        grpc: accept(grpc),
-    };
-    let metrics = Metrics::new(&[])?;
-    let serving = serve(
+    let lanes = Lanes {
+        count: lanes::count(args.threads),
+        common: Common::new(&config, Metrics::new(&[])?)?,
         config,
-        Arc::new(text),
+        text: Arc::new(text),
         endpoints,
-        incoming,
-        seams,
-        metrics,
+        seams: Seams::system,
         stop,
-    );
-    ready.emit()?;
-    tokio::select! {
-        biased;
-        served = serving => served?,
         // The second signal insists.
-        () = abort.cancelled() => {}
-    }
+        abort,
+    };
+    ready.emit()?;
+    lanes.serve(http, grpc, &tasks).await?;
     tasks.drain(Duration::from_secs(1)).await;
     Ok(())
 }
@@ -211,15 +204,4 @@ async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {flag} {address}; {hint}"))
-}
-
-/// Connections as they come, each set to send what it is given at once.
-fn accept(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> + Send {
-    stream::unfold(listener, |listener| async {
-        let accepted = listener.accept().await.and_then(|(stream, _)| {
-            stream.set_nodelay(true)?;
-            Ok(stream)
-        });
-        Some((accepted, listener))
-    })
 }

@@ -14,7 +14,7 @@ struct Cli {
     args: router::cli::Args,
 }
 
-#[tokio::main]
+#[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     telemetry::log::init(&cli.log)?;

@@ -11,7 +11,7 @@ use proto::v1::Role;
 use telemetry::{definitions as names, metrics::Metrics};
 use tokio::time::Instant;
 
-use crate::fleet::Fleet;
+use crate::fleet::Fleets;
 
 /// The router's series.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ impl RouterMetrics {
     pub(crate) fn new(
         metrics: &Metrics,
         model: &str,
-        fleet: &Arc<Fleet>,
+        fleets: &Arc<Fleets>,
     ) -> Result<Self, prometheus::Error> {
         let of_model = |definition| {
             metrics
@@ -52,7 +52,7 @@ impl RouterMetrics {
         let workers = prometheus::Opts::new(names::ROUTER_WORKERS.name, names::ROUTER_WORKERS.help);
         let workers = IntGaugeVec::new(workers, names::ROUTER_WORKERS.labels)?;
         let workers = Workers {
-            fleet: Arc::clone(fleet),
+            fleets: Arc::clone(fleets),
             gauge: workers,
         };
         metrics.registry().register(Box::new(workers))?;
@@ -117,7 +117,7 @@ impl Drop for Account {
 
 /// Counts the fleet when somebody reads it.
 struct Workers {
-    fleet: Arc<Fleet>,
+    fleets: Arc<Fleets>,
     gauge: IntGaugeVec,
 }
 
@@ -132,7 +132,7 @@ impl Collector for Workers {
                 self.gauge.with_label_values(&[role, state]).set(0);
             }
         }
-        for worker in self.fleet.workers().iter() {
+        for worker in self.fleets.workers() {
             let role = match worker.role() {
                 Role::Prefill => "prefill",
                 Role::Decode => "decode",

@@ -13,14 +13,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
+    admission::Admission,
     auth::Keys,
     discovery::Endpoints,
-    fleet::{self, Fleet, FleetConfig},
+    fleet::{self, FleetConfig, Fleets},
     front::Front,
     grpc, http,
     http::HttpConfig,
     metrics::RouterMetrics,
-    pipeline::{Pipeline, PipelineConfig},
+    pipeline::{Budget, Pipeline, PipelineConfig},
     seams::{Io, Seams},
 };
 
@@ -61,10 +62,44 @@ pub struct Incoming<H, G> {
     pub grpc: G,
 }
 
-/// Serves until `stop`, then drains. Returns once no task is left, or the drain's deadline has passed.
+/// What the lanes of a process have together: limits on requests, counts of them, what is known of workers' loads. Each
+/// lane is one call of [`serve`], usually on a thread of its own.
+#[derive(Clone)]
+pub struct Common {
+    metrics: Metrics,
+    fleets: Arc<Fleets>,
+    pub(crate) series: RouterMetrics,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) budget: Arc<Budget>,
+}
+
+impl Common {
+    /// For lanes that are all served with this configuration.
+    ///
+    /// # Errors
+    /// When one of the router's metrics is registered already.
+    pub fn new(config: &Config, metrics: Metrics) -> Result<Self, prometheus::Error> {
+        let fleets = Arc::new(Fleets::default());
+        Ok(Self {
+            series: RouterMetrics::new(&metrics, &config.pipeline.model, &fleets)?,
+            metrics,
+            fleets,
+            admission: Admission::new(config.pipeline.admission),
+            budget: Arc::new(Budget::new()),
+        })
+    }
+}
+
+impl std::fmt::Debug for Common {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Common").finish_non_exhaustive()
+    }
+}
+
+/// Serves as one lane until `stop`, then drains. Returns once no task is left, or the drain's deadline has passed.
 ///
 /// # Errors
-/// When a metric is registered twice or the gRPC server breaks.
+/// When the gRPC server breaks.
 pub async fn serve<H: Io, G: Io>(
     config: Config,
     text: Arc<Text>,
@@ -74,17 +109,16 @@ pub async fn serve<H: Io, G: Io>(
         impl Stream<Item = io::Result<G>> + Send + 'static,
     >,
     seams: Seams,
-    metrics: Metrics,
+    common: Common,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let (tasks, workers_stop) = (Tasks::new(), CancellationToken::new());
-    let fleet = Fleet::new();
-    let series = RouterMetrics::new(&metrics, &config.pipeline.model, &fleet)?;
+    let fleet = common.fleets.open();
     let pipeline = Pipeline::new(
         config.pipeline,
         text,
         Arc::clone(&fleet),
-        series,
+        &common,
         seams.clone(),
         tasks.clone(),
     );
@@ -105,7 +139,7 @@ pub async fn serve<H: Io, G: Io>(
         workers_stop.clone(),
     );
     links.spawn("discovery", follow);
-    let app = http::routes(front.clone()).merge(http::probes(metrics, pipeline));
+    let app = http::routes(front.clone()).merge(http::probes(common.metrics, pipeline));
     let front_stop = http::Stop {
         drain: stop.clone(),
         abort: CancellationToken::new(),

@@ -25,8 +25,10 @@ pub(crate) enum Cutter {
 impl Cutter {
     /// `None` if one of the patterns is not valid.
     pub(crate) fn new(patterns: &[&str]) -> Option<Self> {
-        if let [numbers, CJK, WORDS] = patterns
+        let plain: Vec<String> = patterns.iter().map(|pattern| plain(pattern)).collect();
+        if let [numbers, cjk, words] = &plain[..]
             && let Some((_, digits)) = NUMBERS.iter().find(|(pattern, _)| pattern == numbers)
+            && (cjk.as_str(), words.as_str()) == (CJK, WORDS)
         {
             return Some(Self::DeepSeek(DeepSeek::new(*digits)));
         }
@@ -41,6 +43,14 @@ impl Cutter {
             Self::Patterns(patterns) => cut_at(patterns, text, found),
         }
     }
+}
+
+/// The same pattern in one spelling: some files escape a quote that needs none, or have the line breaks themselves.
+fn plain(pattern: &str) -> String {
+    pattern
+        .replace("\\\"", "\"")
+        .replace('\r', "\\r")
+        .replace('\n', "\\n")
 }
 
 fn cut_at(patterns: &[Regex], text: &str, found: &mut impl FnMut(&str)) {
@@ -308,6 +318,20 @@ mod tests {
                 "I", "'m", "  ", "123", "45", " of", " them", ",\n", " ", "你好", "・", "x"
             ]
         );
+    }
+
+    #[test]
+    fn the_patterns_are_known_however_they_are_spelled() {
+        let escaped = WORDS.replace('"', "\\\"");
+        let raw = WORDS.replace("\\r", "\r").replace("\\n", "\n");
+        for words in [escaped.as_str(), raw.as_str()] {
+            let cutter = Cutter::new(&[r"\p{N}{1,3}", CJK, words]).unwrap();
+            assert!(matches!(cutter, Cutter::DeepSeek(_)), "{words}");
+        }
+        assert!(matches!(
+            Cutter::new(&[r"\p{N}", WORDS]),
+            Some(Cutter::Patterns(_))
+        ));
     }
 
     #[test]

@@ -99,3 +99,17 @@ impl Words {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tokenizer_of_the_tests_is_cut_by_hand() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tokenizer.json");
+        let file: Map<String, Value> =
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let words = Words::new(&file, &['a'; 256]).unwrap();
+        assert!(matches!(words.cutter, Cutter::DeepSeek(_)));
+    }
+}

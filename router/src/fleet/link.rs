@@ -100,7 +100,14 @@ async fn follow(
         .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let facts = timeout(config.answer, client.describe(DescribeRequest {})).await;
     let facts = facts.map_err(|_| End::Late("describe"))??.into_inner();
-    let worker = Worker::new(address.into(), facts, channel, origin, config.breaker)?;
+    let worker = Worker::new(
+        address.into(),
+        facts,
+        channel,
+        origin,
+        config.breaker,
+        &fleet.tallies,
+    )?;
     let watch = timeout(config.answer, async {
         let mut watch = client.watch(WatchRequest {}).await?.into_inner();
         let first = next(&mut watch).await?;

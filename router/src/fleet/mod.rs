@@ -3,24 +3,26 @@
 mod breaker;
 mod channel;
 mod link;
+mod tally;
 mod worker;
 
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use telemetry::shutdown::Tasks;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 pub use breaker::BreakerConfig;
+use tally::Tallies;
 pub(crate) use worker::{Assignment, Worker};
 
 use crate::{discovery::Endpoints, seams::Seams};
@@ -61,6 +63,41 @@ impl FleetConfig {
     }
 }
 
+/// The fleets of all lanes: each lane has connections of its own to the same workers.
+#[derive(Debug, Default)]
+pub(crate) struct Fleets {
+    lanes: Mutex<Vec<Weak<Fleet>>>,
+    tallies: Arc<Tallies>,
+}
+
+impl Fleets {
+    /// One more, nobody in it yet.
+    pub(crate) fn open(&self) -> Arc<Fleet> {
+        let fleet = Fleet::new(Arc::clone(&self.tallies));
+        self.lanes.lock().push(Arc::downgrade(&fleet));
+        fleet
+    }
+
+    /// The workers that every lane is connected to.
+    pub(crate) fn workers(&self) -> Vec<Arc<Worker>> {
+        let fleets: Vec<_> = self.lanes.lock().iter().filter_map(Weak::upgrade).collect();
+        let Some((first, others)) = fleets.split_first() else {
+            return Vec::new();
+        };
+        let is_in = |fleet: &Arc<Fleet>, worker: &Arc<Worker>| {
+            let workers = fleet.workers();
+            workers
+                .iter()
+                .any(|other| other.incarnation() == worker.incarnation())
+        };
+        let workers = first.workers();
+        let everywhere = workers
+            .iter()
+            .filter(|worker| others.iter().all(|fleet| is_in(fleet, worker)));
+        everywhere.cloned().collect()
+    }
+}
+
 /// The connected workers.
 #[derive(Debug)]
 pub(crate) struct Fleet {
@@ -68,14 +105,16 @@ pub(crate) struct Fleet {
     connections: AtomicU64,
     /// Wakes whoever waits in the order in which they came (a watch channel would not): a simulation repeats exactly.
     changed: broadcast::Sender<()>,
+    tallies: Arc<Tallies>,
 }
 
 impl Fleet {
-    pub(crate) fn new() -> Arc<Self> {
+    fn new(tallies: Arc<Tallies>) -> Arc<Self> {
         Arc::new(Self {
             workers: RwLock::new(Arc::new([])),
             connections: AtomicU64::new(0),
             changed: broadcast::Sender::new(1),
+            tallies,
         })
     }
 

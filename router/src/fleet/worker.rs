@@ -1,17 +1,15 @@
 //! One life of one worker process, as the router sees it: who it is, what it can do, what it holds, how busy it is.
 
-use std::{
-    collections::HashSet,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
-};
+use std::{collections::HashSet, sync::Arc};
 
 use parking_lot::{Mutex, RwLock};
 use proto::v1::{self, Role, decode_client::DecodeClient, prefill_client::PrefillClient};
 use tokio::time::Instant;
 
 use super::{
-    breaker::{Breaker, BreakerConfig},
+    breaker::BreakerConfig,
     channel::Channel,
+    tally::{Tallies, Tally},
 };
 
 /// A worker that is connected. A restarted process at the same address is another one.
@@ -24,12 +22,10 @@ pub(crate) struct Worker {
     identity: v1::Identity,
     channel: Channel,
     origin: http::Uri,
-    breaker: Mutex<Breaker>,
+    tally: Arc<Tally>,
     breaker_config: BreakerConfig,
     report: Mutex<Report>,
     cached: RwLock<HashSet<u64>>,
-    sequences: AtomicU32,
-    prompt_tokens: AtomicU64,
 }
 
 /// What it said last about its load.
@@ -45,12 +41,13 @@ pub(crate) struct Report {
 pub(crate) struct Nameless(&'static str);
 
 impl Worker {
-    pub(crate) fn new(
+    pub(super) fn new(
         address: String,
         facts: v1::DescribeResponse,
         channel: Channel,
         origin: http::Uri,
         breaker_config: BreakerConfig,
+        tallies: &Tallies,
     ) -> Result<Self, Nameless> {
         let identity = facts.identity.clone().ok_or(Nameless("identity"))?;
         if identity.incarnation.is_empty() {
@@ -59,18 +56,17 @@ impl Worker {
         if identity.role() == Role::Unspecified {
             return Err(Nameless("role"));
         }
+        let tally = tallies.of(&identity.incarnation);
         Ok(Self {
+            tally,
             address,
             facts,
             identity,
             channel,
             origin,
-            breaker: Mutex::default(),
             breaker_config,
             report: Mutex::default(),
             cached: RwLock::default(),
-            sequences: AtomicU32::new(0),
-            prompt_tokens: AtomicU64::new(0),
         })
     }
 
@@ -96,7 +92,7 @@ impl Worker {
 
     /// Whether new requests may go to it at `now`.
     pub(crate) fn is_open(&self, now: Instant) -> bool {
-        !self.report.lock().is_draining && self.breaker.lock().allows(now)
+        !self.report.lock().is_draining && self.tally.allows(now)
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -138,7 +134,7 @@ impl Worker {
     /// the router's those that are on their way.
     pub(crate) fn load(&self) -> u32 {
         let load = self.report.lock().load;
-        (load.running + load.waiting).max(self.sequences.load(Relaxed))
+        (load.running + load.waiting).max(self.tally.sequences())
     }
 
     /// Prompt tokens it still has to compute, counted likewise.
@@ -147,38 +143,26 @@ impl Worker {
             .lock()
             .load
             .waiting_tokens
-            .max(self.prompt_tokens.load(Relaxed))
+            .max(self.tally.prompt_tokens())
     }
 
     pub(crate) fn free_blocks(&self) -> u32 {
         self.report.lock().load.free_blocks
-    }
-
-    fn succeed(&self) {
-        self.breaker.lock().succeed();
-    }
-
-    fn fail(&self) {
-        self.breaker
-            .lock()
-            .fail(self.breaker_config, Instant::now());
     }
 }
 
 /// A sequence at a worker: counted as long as this lives.
 #[derive(Debug)]
 pub(crate) struct Assignment {
-    worker: std::sync::Arc<Worker>,
+    worker: Arc<Worker>,
     prompt_tokens: u64,
     is_judged: bool,
 }
 
 impl Assignment {
     /// `prompt_tokens` are those that the worker has to compute.
-    pub(crate) fn new(worker: std::sync::Arc<Worker>, prompt_tokens: u64) -> Self {
-        worker.breaker.lock().start();
-        worker.sequences.fetch_add(1, Relaxed);
-        worker.prompt_tokens.fetch_add(prompt_tokens, Relaxed);
+    pub(crate) fn new(worker: Arc<Worker>, prompt_tokens: u64) -> Self {
+        worker.tally.start(prompt_tokens);
         Self {
             worker,
             prompt_tokens,
@@ -186,31 +170,26 @@ impl Assignment {
         }
     }
 
-    pub(crate) fn worker(&self) -> &std::sync::Arc<Worker> {
+    pub(crate) fn worker(&self) -> &Arc<Worker> {
         &self.worker
     }
 
     /// The worker did what it should.
     pub(crate) fn succeed(&mut self) {
         self.is_judged = true;
-        self.worker.succeed();
+        self.worker.tally.succeed();
     }
 
     /// The worker failed.
     pub(crate) fn fail(&mut self) {
         self.is_judged = true;
-        self.worker.fail();
+        let worker = &self.worker;
+        worker.tally.fail(worker.breaker_config, Instant::now());
     }
 }
 
 impl Drop for Assignment {
     fn drop(&mut self) {
-        self.worker.sequences.fetch_sub(1, Relaxed);
-        self.worker
-            .prompt_tokens
-            .fetch_sub(self.prompt_tokens, Relaxed);
-        if !self.is_judged {
-            self.worker.breaker.lock().abandon();
-        }
+        self.worker.tally.end(self.prompt_tokens, self.is_judged);
     }
 }

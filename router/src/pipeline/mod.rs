@@ -37,10 +37,11 @@ use crate::{
     metrics::RouterMetrics,
     policy::Policy,
     seams::Seams,
+    serve::Common,
 };
 use choice::Choice;
 use request::{Ask, Input, Origin};
-use retry::Budget;
+pub(crate) use retry::Budget;
 use route::{Wish, choose};
 use sequence::{Sequence, Spec};
 
@@ -121,7 +122,7 @@ pub(crate) struct Shared {
     pub(crate) seams: Seams,
     tasks: Tasks,
     admission: Arc<Admission>,
-    budget: Budget,
+    budget: Arc<Budget>,
 }
 
 /// Starts requests.
@@ -169,21 +170,19 @@ impl Pipeline {
         config: PipelineConfig,
         text: Arc<Text>,
         fleet: Arc<Fleet>,
-        metrics: RouterMetrics,
+        common: &Common,
         seams: Seams,
         tasks: Tasks,
     ) -> Self {
-        let admission = Admission::new(config.admission);
-        let budget = Budget::new();
         Self(Arc::new(Shared {
             config,
             text,
             fleet,
-            metrics,
+            metrics: common.series.clone(),
             seams,
             tasks,
-            admission,
-            budget,
+            admission: Arc::clone(&common.admission),
+            budget: Arc::clone(&common.budget),
         }))
     }
 

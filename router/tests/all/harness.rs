@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use proto::v1::{FinishReason, Role, Stop};
 use router::{
-    Config, Incoming, discovery,
+    Common, Config, Incoming, discovery,
     seams::{BoxIo, Entropy, Seams},
     serve,
 };
@@ -85,13 +85,14 @@ impl Setup {
             PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../crates/text/tests/fixtures");
         let text = Arc::new(Text::load(&fixtures).unwrap());
         let count = addresses.len();
+        let common = Common::new(&self.config, Metrics::new(&[]).unwrap()).unwrap();
         let serving = serve(
             self.config,
             Arc::clone(&text),
             discovery::fixed(addresses),
             incoming,
             seams(&network),
-            Metrics::new(&[]).unwrap(),
+            common,
             stop.clone(),
         );
         let router = tokio::spawn(async move { serving.await.unwrap() });

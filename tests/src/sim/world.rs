@@ -258,7 +258,7 @@ async fn route(seed: u64, addresses: Vec<String>, net: Net) -> turmoil::Result {
         grpc: Box::pin(net.listen(ROUTER_GRPC).await?),
     };
     let text = super::text()?;
-    let metrics = Metrics::new(&[])?;
+    let common = router::Common::new(&config, Metrics::new(&[])?)?;
     let endpoints = discovery::fixed(addresses);
     router::serve(
         config,
@@ -266,7 +266,7 @@ async fn route(seed: u64, addresses: Vec<String>, net: Net) -> turmoil::Result {
         endpoints,
         incoming,
         seams,
-        metrics,
+        common,
         CancellationToken::new(),
     )
     .await?;

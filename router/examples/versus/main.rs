@@ -3,9 +3,12 @@
 //!
 //! `versus workers` prints the workers' addresses and serves; `versus load` prints one line of JSON.
 
+mod instant;
+
 use std::{
     fs,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,14 +20,13 @@ use axum::{
     routing::{get, post},
 };
 use clap::Parser;
+use instant::Answers;
 use proto::v1::Role;
 use serde_json::json;
-use testkit::fake_worker::{FakeWorker, Options};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -80,12 +82,14 @@ async fn workers() -> anyhow::Result<()> {
     for (name, role) in [("prefill", Role::Prefill), ("decode", Role::Decode)] {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         addresses.insert(name.into(), json!(listener.local_addr()?.to_string()));
-        let incoming = TcpListenerStream::new(listener).map(|stream| {
-            let stream = stream?;
-            stream.set_nodelay(true)?;
-            Ok(stream)
+        let answers = Answers::new(role, name, TOKENS as u32);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if stream.set_nodelay(true).is_ok() {
+                    tokio::spawn(instant::serve(stream, Arc::clone(&answers)));
+                }
+            }
         });
-        tokio::spawn(FakeWorker::new(Options::instant(role, name)).serve(incoming));
     }
     for name in ["http_prefill", "http_decode"] {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
