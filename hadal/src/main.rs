@@ -52,14 +52,14 @@ enum Command {
 
 impl Command {
     /// What this process itself logs. A command that speaks with a person prints what matters; unless asked, only
-    /// warnings stand between.
+    /// warnings stand between. `up` passes on what it is asked: that is about the processes it starts.
     fn own_log(&self, log: &telemetry::log::Args) -> telemetry::log::Args {
         let is_role = matches!(
             self,
             Self::PrefillWorker(_) | Self::DecodeWorker(_) | Self::Router(_)
         );
         let mut own = log.clone();
-        if !is_role && own.log == "info" {
+        if matches!(self, Self::Up(_)) || (!is_role && own.log == "info") {
             own.log = "warn".into();
         }
         own

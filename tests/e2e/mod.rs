@@ -7,26 +7,26 @@ mod serving;
 mod starting;
 
 use std::{
-    path::Path,
+    fs,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// The name under which tests serve their model.
 const MODEL: &str = "tiny";
 
 /// A random checkpoint of the DeepSeek-V3 shape. What it says is nonsense, but always the same nonsense.
 fn checkpoint() -> &'static Path {
-    static FOLDER: OnceLock<TempDir> = OnceLock::new();
-    FOLDER
-        .get_or_init(|| {
-            let folder = TempDir::new().expect("a temporary directory");
-            testkit::checkpoint::write_tiny(folder.path(), 7).expect("a checkpoint is written");
-            folder
-        })
-        .path()
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        // Not a temporary directory: nobody would remove it, for statics are never dropped.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e-checkpoint");
+        fs::create_dir_all(&folder).expect("a directory among the build outputs");
+        testkit::checkpoint::write_tiny(&folder, 7).expect("a checkpoint is written");
+        folder
+    })
 }
 
 /// Held by tests that start deployments: side by side on a small machine they would only time each other out.

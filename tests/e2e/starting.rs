@@ -22,11 +22,11 @@ fn model() -> &'static str {
     checkpoint().to_str().expect("a path of UTF-8")
 }
 
-/// Ids in lines like "decode-0  ready at ... (pid 7)".
+/// Ids in lines like "decode-0  ready at ... (metrics at ..., pid 7)".
 fn pids(printed: &str) -> Vec<u32> {
     printed
         .lines()
-        .filter_map(|line| line.rsplit_once("(pid ")?.1.strip_suffix(')')?.parse().ok())
+        .filter_map(|line| line.rsplit_once("pid ")?.1.strip_suffix(')')?.parse().ok())
         .collect()
 }
 

@@ -212,11 +212,11 @@ impl Drop for Up {
     }
 }
 
-/// Reads "  decode-0     ready at 127.0.0.1:4242 after 123 ms (pid 7)".
+/// Reads "  decode-0     ready at 127.0.0.1:4242 after 123 ms (metrics at 127.0.0.1:4243, pid 7)".
 fn parse_ready(line: &str) -> Option<(&str, u32, &str)> {
     let (name, rest) = line.trim_start().split_once(" ready at ")?;
     let (address, rest) = rest.split_once(' ')?;
-    let pid = rest.rsplit_once("(pid ")?.1.strip_suffix(')')?;
+    let pid = rest.rsplit_once("pid ")?.1.strip_suffix(')')?;
     Some((name.trim(), pid.parse().ok()?, address))
 }
 
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_line_about_a_ready_process_is_read() {
-        let line = "  decode-0     ready at 127.0.0.1:4242 after 123 ms (pid 7)";
+        let line = "  decode-0     ready at 127.0.0.1:4242 after 123 ms (metrics at 127.0.0.1:4243, pid 7)";
         assert_eq!(parse_ready(line), Some(("decode-0", 7, "127.0.0.1:4242")));
         assert_eq!(parse_ready("  decode-0     was killed (signal 9)"), None);
     }

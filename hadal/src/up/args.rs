@@ -20,9 +20,9 @@ pub(crate) struct Args {
     /// Where the gRPC API listens; port 0 takes any free one
     #[arg(long, default_value = "127.0.0.1:8001", value_name = "ADDR")]
     pub(super) grpc: SocketAddr,
-    /// Prefill workers
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub(super) prefill: u16,
+    /// Prefill workers [default: 1; none with `--mode combined`]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) prefill: Option<u16>,
     /// Decode workers (with `--mode combined`: workers that do both)
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) decode: u16,
@@ -61,12 +61,17 @@ pub(crate) struct Args {
     /// Print only the answer and what goes wrong
     #[arg(long)]
     pub(super) quiet: bool,
-    /// Keep the processes' logs here [default: a temporary directory, removed after a clean end]
+    /// Keep the processes' logs here [default: a temporary directory, removed at the end]
     #[arg(long, value_name = "DIR")]
     pub(super) logs: Option<PathBuf>,
 }
 
 impl Args {
+    /// Prefill workers, where they are a pool of their own.
+    pub(super) fn prefill(&self) -> u16 {
+        self.prefill.unwrap_or(1)
+    }
+
     /// The question to begin with, if any.
     pub(super) fn question(&self) -> Option<String> {
         if self.no_ask {

@@ -15,8 +15,8 @@ use crate::{
     format, series,
 };
 
-/// Tokens of an answer at most.
-const MAX_TOKENS: u32 = 256;
+/// Tokens of an answer at most, where the model has room for twice as many.
+const MAX_TOKENS: u64 = 256;
 /// How long a worker's metrics may take.
 const SCRAPE: Duration = Duration::from_secs(2);
 
@@ -41,12 +41,13 @@ pub(super) async fn ask(
     question: &str,
     workers: &[(String, String)],
 ) -> anyhow::Result<Report> {
-    let model = client.model(None).await?.id;
+    let model = client.model(None).await?;
+    let room = model.max_model_len.map_or(MAX_TOKENS, |len| len / 2);
     let before = scrape(workers).await;
     let body = json!({
-        "model": model,
+        "model": model.id,
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": MAX_TOKENS.min(room).max(1),
         "temperature": 0,
         "stream": true,
         "stream_options": {"include_usage": true},

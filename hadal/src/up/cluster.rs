@@ -1,6 +1,6 @@
 //! All processes of a run together: what state each is in, and the router told of it.
 
-use std::{convert::Infallible, fs, time::Duration};
+use std::{convert::Infallible, time::Duration};
 
 use anyhow::{Context, bail, ensure};
 use indicatif::ProgressBar;
@@ -9,6 +9,7 @@ use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    folder::Folder,
     plan::Plan,
     screen::Screen,
     spec::Role,
@@ -29,8 +30,7 @@ pub(super) struct Cluster {
     events: mpsc::Receiver<Event>,
     supervisors: JoinSet<()>,
     stop: CancellationToken,
-    folder: std::path::PathBuf,
-    temporary: bool,
+    folder: Folder,
 }
 
 struct Member {
@@ -52,12 +52,12 @@ impl Cluster {
     /// Starts every process of the plan at once.
     pub(super) fn start(
         plan: &Plan,
+        folder: Folder,
         screen: Screen,
         abort: &CancellationToken,
     ) -> anyhow::Result<Self> {
-        let folder = plan.folder.clone();
-        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-        workers_file::write(&folder, std::iter::empty()).context("writing the list of workers")?;
+        workers_file::write(folder.path(), std::iter::empty())
+            .context("writing the list of workers")?;
         let (sender, events) = mpsc::channel(64);
         let stop = CancellationToken::new();
         let mut supervisors = JoinSet::new();
@@ -74,14 +74,13 @@ impl Cluster {
                 slot,
                 spec,
                 program: plan.program.clone(),
-                folder: folder.clone(),
+                folder: folder.path().to_owned(),
                 events: sender.clone(),
                 stop: stop.clone(),
                 abort: abort.clone(),
             };
             supervisors.spawn(supervisor.run());
         }
-        let temporary = plan.temporary;
         Ok(Self {
             screen,
             members,
@@ -89,7 +88,6 @@ impl Cluster {
             supervisors,
             stop,
             folder,
-            temporary,
         })
     }
 
@@ -130,11 +128,7 @@ impl Cluster {
         while let Some(ended) = self.supervisors.join_next().await {
             ended.context("following a process")?;
         }
-        if self.temporary {
-            fs::remove_dir_all(&self.folder)
-                .with_context(|| format!("removing {}", self.folder.display()))?;
-        }
-        Ok(())
+        self.folder.close()
     }
 
     /// A client of the router.
@@ -185,8 +179,12 @@ impl Cluster {
                     .address("http")
                     .or(member.address("grpc"))
                     .unwrap_or("-");
+                let metrics = match member.address("metrics") {
+                    Some(address) => format!("metrics at {address}, "),
+                    None => String::new(),
+                };
                 self.screen.line(&format!(
-                    "  {:12} ready at {address} after {} (pid {})",
+                    "  {:12} ready at {address} after {} ({metrics}pid {})",
                     member.name,
                     format::duration(after),
                     member.pid,
@@ -201,10 +199,10 @@ impl Cluster {
                 member.bar.finish_and_clear();
                 let name = &member.name;
                 let Some(pause) = again_in else {
-                    self.temporary = false;
-                    let log = self.folder.join(format!("{name}.log"));
+                    self.folder.keep();
+                    let log = self.folder.path().join(format!("{name}.log"));
                     bail!(
-                        "{name} could not start: {why}\n{log_tail}\n(its log: {})",
+                        "{name} could not start: {why}\n{log_tail}(its log: {})",
                         log.display()
                     );
                 };
@@ -225,7 +223,7 @@ impl Cluster {
         let workers = self
             .workers()
             .filter_map(|member| Some((member.role, member.address("grpc")?)));
-        workers_file::write(&self.folder, workers).context("writing the list of workers")
+        workers_file::write(self.folder.path(), workers).context("writing the list of workers")
     }
 }
 

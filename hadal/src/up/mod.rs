@@ -1,13 +1,14 @@
 //! `hadal up`: prefill workers, decode workers and a router as processes on this machine, over one checkpoint.
 //!
 //! [`Plan`] says what to run, [`supervisor`] keeps each process running, [`Cluster`] follows them all,
-//! tells the router who is there and shows it, [`ask`] puts the first question.
+//! tells the router who is there and shows it, [`ask`] puts the first question. Logs are in the [`Folder`] of the run.
 
 mod args;
 mod ask;
 mod backoff;
 mod checkpoint;
 mod cluster;
+mod folder;
 mod plan;
 mod screen;
 mod spec;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use args::Args;
 use cluster::Cluster;
+use folder::Folder;
 use plan::Plan;
 use screen::Screen;
 
@@ -35,7 +37,8 @@ pub(crate) async fn run(args: Args, log: &telemetry::log::Args) -> anyhow::Resul
     let screen = Screen::new(args.quiet);
     let question = args.question();
     let once = args.once.is_some();
-    let plan = Plan::try_new(args, log)?;
+    let folder = Folder::open(args.logs.as_deref())?;
+    let plan = Plan::try_new(args, folder.path(), log)?;
     let tasks = Tasks::new();
     let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
     on_signals(&tasks, stop.clone(), abort.clone()).context("installing signal handlers")?;
@@ -46,7 +49,7 @@ pub(crate) async fn run(args: Args, log: &telemetry::log::Args) -> anyhow::Resul
         plan.model.display(),
         format::bytes(plan.checkpoint_bytes),
     ));
-    let mut cluster = Cluster::start(&plan, screen, &abort)?;
+    let mut cluster = Cluster::start(&plan, folder, screen, &abort)?;
     let result = serve(&mut cluster, &plan, question.as_deref(), once, &stop).await;
     let stopped = cluster.stop().await;
     tasks.drain(std::time::Duration::from_secs(1)).await;

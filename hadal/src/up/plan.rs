@@ -33,18 +33,18 @@ pub(super) struct Plan {
     pub(super) specs: Vec<Spec>,
     /// What requests must carry.
     pub(super) api_key: Option<String>,
-    /// Directory of logs and of the list of workers.
-    pub(super) folder: PathBuf,
-    /// Remove the directory after a clean end.
-    pub(super) temporary: bool,
 }
 
 impl Plan {
-    /// Checks the flags against this machine.
+    /// Checks the flags against this machine. Logs and the list of workers will be in `folder`.
     ///
     /// # Errors
     /// Every problem that was found, with what to do about it.
-    pub(super) fn try_new(args: Args, log: &telemetry::log::Args) -> anyhow::Result<Self> {
+    pub(super) fn try_new(
+        args: Args,
+        folder: &Path,
+        log: &telemetry::log::Args,
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program")?;
         let model = match args.model.clone() {
             Some(model) => model,
@@ -65,27 +65,23 @@ impl Plan {
                 problems.push(listen_problem(flag, address, &error));
             }
         }
+        if args.mode == Mode::Combined && args.prefill.is_some() {
+            problems.push(
+                "--prefill does not go with --mode combined, whose workers (--decode) compute prompts themselves".into(),
+            );
+        }
         if args.api_key.as_ref().is_some_and(String::is_empty) {
             problems.push("--api-key is empty; leave it out to serve without a key".into());
         }
         let Some(checkpoint) = checkpoint.filter(|_| problems.is_empty()) else {
             bail!("{}", problems.join("\n"));
         };
-        let (folder, temporary) = match &args.logs {
-            Some(folder) => (folder.clone(), false),
-            None => (
-                std::env::temp_dir().join(format!("hadal-up-{}", std::process::id())),
-                true,
-            ),
-        };
         Ok(Self {
-            specs: specs(&args, &model, &folder, log),
+            specs: specs(&args, &model, folder, log),
             api_key: args.api_key,
             checkpoint_bytes: checkpoint.bytes,
             model,
             program,
-            folder,
-            temporary,
         })
     }
 }
@@ -101,7 +97,7 @@ fn default_model(program: &Path) -> anyhow::Result<PathBuf> {
 fn memory_problem(checkpoint: &Checkpoint, args: &Args, available: Option<u64>) -> Option<String> {
     let workers = u64::from(args.decode)
         + match args.mode {
-            Mode::Disaggregated => u64::from(args.prefill),
+            Mode::Disaggregated => u64::from(args.prefill()),
             Mode::Combined => 0,
         };
     let needed = checkpoint.memory_bytes(args.precision, workers);
@@ -138,7 +134,7 @@ fn listen_problem(flag: &str, address: SocketAddr, error: &io::Error) -> String 
 fn specs(args: &Args, model: &Path, folder: &Path, log: &telemetry::log::Args) -> Vec<Spec> {
     let mut specs = Vec::new();
     let (prefill, decode) = match args.mode {
-        Mode::Disaggregated => (args.prefill, Role::Decode),
+        Mode::Disaggregated => (args.prefill(), Role::Decode),
         Mode::Combined => (0, Role::Combined),
     };
     for unit in 0..prefill {
@@ -330,10 +326,18 @@ mod tests {
             &taken,
             "--grpc",
             "127.0.0.1:0",
+            "--mode",
+            "combined",
+            "--prefill",
+            "2",
         ]);
-        let error = Plan::try_new(args, &log()).unwrap_err().to_string();
+        let error = Plan::try_new(args, Path::new("/run"), &log())
+            .unwrap_err()
+            .to_string();
         assert!(
-            error.contains("/nowhere") && error.contains("is taken"),
+            error.contains("/nowhere")
+                && error.contains("is taken")
+                && error.contains("--prefill does not go with"),
             "{error}"
         );
     }

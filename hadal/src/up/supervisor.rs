@@ -75,6 +75,8 @@ enum End {
     Stopped,
     Died {
         why: String,
+        /// Whether `why` is what the process itself said.
+        in_its_words: bool,
         lived: Duration,
         was_ready: bool,
     },
@@ -87,19 +89,25 @@ impl Supervisor {
         let mut backoff = Backoff::default();
         let mut ever_ready = false;
         loop {
-            let (why, lived) = match self.live().await {
+            let (why, in_its_words, lived) = match self.live().await {
                 End::Stopped => return,
                 End::Died {
                     why,
+                    in_its_words,
                     lived,
                     was_ready,
                 } => {
                     ever_ready |= was_ready;
-                    (why, lived)
+                    (why, in_its_words, lived)
                 }
             };
             let again_in = ever_ready.then(|| backoff.after_life_of(lived));
-            let log_tail = tail(&self.log_path());
+            // Its log would only say it again.
+            let log_tail = if in_its_words {
+                String::new()
+            } else {
+                tail(&self.log_path())
+            };
             self.tell(Change::Died {
                 why,
                 log_tail,
@@ -151,14 +159,15 @@ impl Supervisor {
 
     async fn live(&mut self) -> End {
         let born = Instant::now();
-        let died = |why, was_ready| End::Died {
+        let died = |why, in_its_words, was_ready| End::Died {
             why,
+            in_its_words,
             lived: born.elapsed(),
             was_ready,
         };
         let mut child = match self.spawn() {
             Ok(child) => child,
-            Err(error) => return died(format!("cannot start: {error}"), false),
+            Err(error) => return died(format!("cannot start: {error}"), true, false),
         };
         self.tell(Change::Spawned(child.id().unwrap_or_default()))
             .await;
@@ -184,7 +193,8 @@ impl Supervisor {
                     // Standard output ended: so does the process, or it is as good as dead.
                     None => {
                         let status = self.reap(&mut child).await;
-                        return died(failure.unwrap_or(status), was_ready);
+                        let in_its_words = failure.is_some();
+                        return died(failure.unwrap_or(status), in_its_words, was_ready);
                     }
                 },
                 () = self.stop.cancelled() => {
@@ -243,7 +253,7 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// The last lines of a log.
+/// The last lines of a log, each with its end.
 fn tail(path: &Path) -> String {
     let text = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
@@ -252,9 +262,9 @@ fn tail(path: &Path) -> String {
         if lines.len() == LOG_TAIL_LINES {
             lines.pop_front();
         }
-        lines.push_back(line);
+        lines.push_back(format!("{line}\n"));
     }
-    Vec::from(lines).join("\n")
+    Vec::from(lines).concat()
 }
 
 #[cfg(test)]
@@ -268,7 +278,10 @@ mod tests {
         let text: Vec<String> = (0..100).map(|line| line.to_string()).collect();
         fs::write(file.path(), text.join("\n")).unwrap();
         let tail = tail(file.path());
-        assert!(tail.starts_with("85\n") && tail.ends_with("\n99"), "{tail}");
+        assert!(
+            tail.starts_with("85\n") && tail.ends_with("\n99\n"),
+            "{tail}"
+        );
     }
 
     fn supervise(script: &str, folder: &Path, stop: &CancellationToken) -> mpsc::Receiver<Event> {
@@ -315,7 +328,7 @@ mod tests {
                 } => {
                     deaths += 1;
                     assert_eq!(why, "exited with code 3");
-                    assert!(log_tail.ends_with("oops"));
+                    assert!(log_tail.ends_with("oops\n"));
                     assert!(again_in.is_some());
                 }
                 Change::Ready { addresses, .. } => assert_eq!(addresses["grpc"], "127.0.0.1:1"),
@@ -330,14 +343,19 @@ mod tests {
     async fn a_process_that_never_was_ready_is_given_up_with_its_own_words() {
         let folder = tempfile::tempdir().unwrap();
         let stop = CancellationToken::new();
-        let script = r#"echo '{"event":"failed","error":"no such model"}'; exit 1"#;
+        let script = r#"echo 'no such model' >&2; echo '{"event":"failed","error":"no such model"}'; exit 1"#;
         let mut events = supervise(script, folder.path(), &stop);
         let last = loop {
-            if let Change::Died { why, again_in, .. } = events.recv().await.unwrap().change {
-                break (why, again_in);
+            if let Change::Died {
+                why,
+                log_tail,
+                again_in,
+            } = events.recv().await.unwrap().change
+            {
+                break (why, log_tail, again_in);
             }
         };
-        assert_eq!(last, ("no such model".into(), None));
+        assert_eq!(last, ("no such model".into(), String::new(), None));
         assert!(
             events.recv().await.is_none(),
             "it must not be started again"
