@@ -11,8 +11,8 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Status, metadata::MetadataMap};
-use tracing::{Instrument, Span};
+use tonic::{Code, Status, metadata::MetadataMap};
+use tracing::{Instrument, Span, debug};
 use transfer::Key;
 
 /// No call lives longer.
@@ -138,14 +138,17 @@ where
     let work = work(answers);
     let abort = calls.abort.clone();
     let task = async move {
+        let start = Instant::now();
+        let late = Status::deadline_exceeded("the deadline passed");
         let result = tokio::select! {
             biased;
-            () = dropped.cancelled() => return,
-            () = abort.cancelled() => Ok(Err(Status::unavailable("the worker is leaving"))),
-            result = tokio::time::timeout_at(deadline + GRACE, work) => result,
+            () = dropped.cancelled() => Err(Status::cancelled("the caller left")),
+            () = abort.cancelled() => Err(Status::unavailable("the worker is leaving")),
+            result = tokio::time::timeout_at(deadline + GRACE, work) => result.unwrap_or(Err(late)),
         };
-        let late = Status::deadline_exceeded("the deadline passed");
-        if let Err(status) = result.unwrap_or(Err(late)) {
+        let code = result.as_ref().map_or_else(Status::code, |()| Code::Ok);
+        debug!(?code, took = ?start.elapsed(), "call ended");
+        if let Err(status) = result {
             // Nobody listens where the stream was dropped.
             let _ = last.send(status);
         }

@@ -107,10 +107,15 @@ where
         let service = DecodeServer::new(DecodeService(Arc::clone(&shared)));
         service.max_decoding_message_size(MAX_MESSAGE)
     });
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
+    let reflection = |services: &[&str]| {
+        let all = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        // Only what this listener serves.
+        services
+            .iter()
+            .fold(all, |builder, &name| builder.with_service_name(name))
+            .with_service_name(tonic_health::pb::health_server::SERVICE_NAME)
     };
     let mut services = vec![<WorkerServer<InfoService> as NamedService>::NAME];
     services.push(match role {
@@ -122,8 +127,8 @@ where
         .add_optional_service(prefill)
         .add_optional_service(decode)
         .add_service(health)
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
+        .add_service(reflection(&services).build_v1()?)
+        .add_service(reflection(&services).build_v1alpha()?)
         .serve_with_incoming_shutdown(incoming.grpc, closing.clone().cancelled_owned());
     if role.receives() {
         services.push(<KvTransferServer<Leased> as NamedService>::NAME);
