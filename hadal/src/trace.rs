@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use kernels::{Backend, BlockMemory, Cpu, DType, Precision};
 use model::{Checkpoint, Form, LayerDone, Limits, Network, Scratch, Sequence};
@@ -63,6 +63,13 @@ pub(crate) async fn run(args: Args) -> Result<ExitCode> {
 fn trace(args: &Args) -> Result<()> {
     let tokens = read_tokens(&args.tokens)?;
     let checkpoint = Checkpoint::open(&args.model)?;
+    let vocab = checkpoint.config().vocab_size;
+    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+        bail!(
+            "{}: token {token} is not below {vocab}, the size of the model's vocabulary",
+            args.tokens.display()
+        );
+    }
     let precision = args.precision.unwrap_or_else(|| checkpoint.precision());
     let context = tokens.len() + args.generate;
     let limits = Limits {
@@ -89,9 +96,13 @@ fn trace(args: &Args) -> Result<()> {
     let Tracer { found, .. } = tracer;
     write(&args.out, &found)?;
     eprintln!(
-        "wrote {} ({} tokens, {precision}, {form:?})",
+        "wrote {} ({} tokens, {precision}, {})",
         args.out.display(),
-        tokens.len()
+        tokens.len(),
+        match form {
+            Form::Expanded => "expanded",
+            Form::Absorbed => "absorbed",
+        }
     );
     Ok(())
 }

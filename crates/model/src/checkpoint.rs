@@ -30,7 +30,7 @@ pub enum Error {
     #[error(transparent)]
     Config(#[from] config::Error),
     /// A file cannot be read.
-    #[error("reading {file}: {source}")]
+    #[error("reading {file}")]
     Read {
         /// The file.
         file: String,

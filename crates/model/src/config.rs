@@ -20,7 +20,7 @@ const MAX_BYTES: u64 = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It cannot be read.
-    #[error("reading {path}: {source}")]
+    #[error("reading {path}")]
     Read {
         /// The file.
         path: String,
@@ -28,7 +28,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// It is not the JSON that is expected.
-    #[error("config.json: {0}")]
+    #[error("config.json")]
     Json(#[from] serde_json::Error),
     /// A value is missing, absurd, or means a network this is not.
     #[error("config.json: {field}: {detail}")]
