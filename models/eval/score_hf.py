@@ -1,6 +1,8 @@
 """Scores the checkpoint in Hugging Face transformers (CPU, FP8 blocks widened on load) on the held-out prompts.
 
-    python score_hf.py [--model ../demo] [--dtype bfloat16] [--limit 100]
+    python score_hf.py [--model ../demo] [--dtype bfloat16] [--limit 100] [--results FILE]
+
+Each answer is appended to the results file as soon as its batch is done; a run that was stopped goes on from there.
 
 transformers before 5.20 wrote 0.0 over dropped expert groups; the checkpoint's gate biases are all positive, so that
 no selected score can lie below that and the choice is the same.
@@ -32,6 +34,13 @@ def generate(model, prompts: list[list[int]], limit: int, end: int) -> list[list
     return out[:, width:].tolist()
 
 
+def read_results(file: Path | None) -> dict[int, bool]:
+    """Prompt's id -> right or not, of an earlier run that was stopped."""
+    if not file or not file.exists():
+        return {}
+    return {line["id"]: line["right"] for line in map(json.loads, file.read_text().splitlines())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE.parent / "demo")
@@ -42,15 +51,19 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=500)
     parser.add_argument("--skip", nargs="*", default=[], help="kinds to leave out")
     parser.add_argument("--show-wrong", action="store_true")
+    parser.add_argument("--results", type=Path, help="JSON lines: answers already there are kept, new ones appended")
     args = parser.parse_args()
     prompter = Prompter(args.model)
     model = load_hf(args.model, getattr(torch, args.dtype))
     prompts = [p for p in grading.read_prompts(args.prompts, args.limit) if p["kind"] not in args.skip]
+    done = read_results(args.results)
+    results = [(p, done[p["id"]]) for p in prompts if p["id"] in done]
+    prompts = [p for p in prompts if p["id"] not in done]
     encoded = [prompter.ids(prompt) for prompt in prompts]
     # Answers, then prompts, of about one length together, so that little is padding.
     expected = [len(json.dumps(p.get("calls", p.get("content")))) // 40 + p["thinking"] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (expected[i], len(encoded[i])))
-    results, at, start = [], 0, time.time()
+    at, start = 0, time.time()
     while at < len(order):
         size = max(1, min(64, args.batch_tokens // max(len(encoded[i]) for i in order[at : at + 64])))
         batch = order[at : at + size]
@@ -60,8 +73,13 @@ def main() -> None:
             text = prompter.tokenizer.decode(ids, skip_special_tokens=False)
             right = grading.is_right(prompts[i], *grading.split(text, prompts[i]["thinking"]))
             results.append((prompts[i], right))
+            answer = {"id": prompts[i]["id"], "kind": prompts[i]["kind"], "right": right, "got": text}
+            line = json.dumps(answer, ensure_ascii=False)
+            if args.results:
+                with args.results.open("a") as file:
+                    file.write(line + "\n")
             if args.show_wrong and not right:
-                print(json.dumps({"id": prompts[i]["id"], "kind": prompts[i]["kind"], "got": text}, ensure_ascii=False), flush=True)
+                print(line, flush=True)
         print(f"{sum(right for _, right in results)} / {len(results)} after {time.time() - start:.0f} s", flush=True)
     print(grading.table(results))
     print(f"transformers, {args.dtype}, {time.time() - start:.0f} s")
