@@ -4,7 +4,7 @@
 // group of 90 tokens costs 96 columns, not 128. A CTA computes ROWS = 64 * WGS weight rows x up to T tokens:
 //   - one thread feeds a ring of STAGES buffers through TMA: ROWS x 128 weights, T x 128 activations, T scales per k-block;
 //   - each of WGS warpgroups multiplies its 64 rows over one k-block into fresh accumulators, then adds them, scaled, to the
-//     sums in float32 (the tensor cores keep about 14 bits; see deepseek-v3.md 4). One warpgroup's additions hide behind the
+//     sums in float32 (the tensor cores keep about 14 bits; DeepSeek-V3 report 3.3.2). One warpgroup's additions hide behind the
 //     others' products.
 // KS > 1 cuts K over a cluster of KS CTAs; their partial sums meet through distributed shared memory, always added in rank
 // order, so the bits do not depend on timing. KS = 1 runs a persistent grid that walks the tiles.

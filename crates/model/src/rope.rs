@@ -1,4 +1,4 @@
-//! Rotary positions, with or without YaRN (deepseek-v3.md 3.5; formulas of arXiv 2309.00071).
+//! Rotary positions, with or without YaRN (arXiv 2309.00071; `inference/model.py` of DeepSeek-V3).
 
 use std::f64::consts::PI;
 

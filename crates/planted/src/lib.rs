@@ -1,5 +1,5 @@
-//! Bugs that other systems really had, kept where they would be, so that the simulator must find each of them again
-//! (reliability.md 4). A test that cannot find them proves nothing about the code without them.
+//! Bugs of kinds that other systems really had, kept where they would be, so that the simulator must find each of them
+//! again. A test that cannot find them proves nothing about the code without them.
 //!
 //! Code asks [`is`] at the place of a bug. Without the feature `bugs` the answer is always no, and the compiler removes
 //! the question.

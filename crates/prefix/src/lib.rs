@@ -14,7 +14,7 @@ pub type BlockHash = u64;
 ///
 /// `revision` is what prefill and decode share (model, precision, KV format, image); `salt` separates tenants. BLAKE3
 /// is used and not a faster hash because a collision that somebody can construct would serve one tenant's cache to
-/// another (reliability.md E3).
+/// another (vLLM's CVE-2025-25183 was such a collision).
 pub fn block_hashes(revision: &str, salt: &[u8], tokens: &[u32]) -> Vec<BlockHash> {
     let mut chain = Chain::new(revision, salt);
     tokens

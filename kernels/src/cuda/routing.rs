@@ -7,7 +7,7 @@ use super::{Gpu, Launch, Result, Span, require};
 
 const PROGRAM: &str = "routing";
 
-/// The gate's parameters (deepseek-v3.md 3.6).
+/// The gate's parameters (DeepSeek-V3 report 2.1.2).
 #[derive(Clone, Copy, Debug)]
 pub struct GateShape {
     /// Routed experts: 32 to 256, a multiple of 32.

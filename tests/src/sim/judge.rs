@@ -1,4 +1,4 @@
-//! What must hold after a run (reliability.md 3 A and 6).
+//! What must hold after a run (the invariants of ARCHITECTURE.md).
 
 use std::fmt;
 

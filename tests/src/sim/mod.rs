@@ -1,4 +1,4 @@
-//! A deterministic simulator: the router and the workers, whole, in one thread of simulated time (reliability.md 5).
+//! A deterministic simulator: the router and the workers, whole, in one thread of simulated time.
 //!
 //! A seed decides requests and faults ([`Plan`]); [`run`] lets them happen and compares what clients saw, and what
 //! workers hold in the end, with what must be. The engine is scripted ([`testkit::scripted`]) and finds wrong KV bytes

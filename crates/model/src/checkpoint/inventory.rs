@@ -1,4 +1,5 @@
-//! Every tensor a configuration asks for, with its shape (deepseek-v3.md 2): the one place that knows both.
+//! Every tensor a configuration asks for, with its shape: the one place that knows both (as DeepSeek-V3's index names them
+//! and its `README_WEIGHTS.md` explains).
 
 use super::{Checkpoint, ElementType, Error};
 use crate::config::Config;

@@ -1,4 +1,5 @@
-//! Multi-head latent attention over the paged cache, in both forms (deepseek-v3.md 3.2, 3.3).
+//! Multi-head latent attention over the paged cache, in both forms (DeepSeek-V3 report 2.1.1; the
+//! absorbed form is `attn_impl = "absorb"` of its `inference/model.py`).
 
 use super::rows::rotate;
 use crate::backend::Result;

@@ -1,5 +1,5 @@
 //! The gate, the sorting of token copies by expert, and the weighted sum of what the experts gave
-//! (report section 2.1.2; deepseek-v3.md 3.6).
+//! (DeepSeek-V3 report 2.1.2; `Gate` of its `inference/model.py`).
 
 use crate::backend::{GateShape, Result};
 use crate::cpu::views::{Rows, device};
@@ -174,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    /// deepseek-v3.md 3.6's worked example: 8 experts, 4 groups of 2, 2 kept, top 3.
+    /// An example worked by hand: 8 experts, 4 groups of 2, 2 kept, top 3.
     const SHAPE: GateShape = GateShape {
         experts: 8,
         groups: 4,

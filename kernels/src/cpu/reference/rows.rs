@@ -25,7 +25,7 @@ pub(in crate::cpu) fn concat(a: Rows<'_>, b: Rows<'_>, rows: usize, out: &mut [f
     }
 }
 
-/// RMSNorm: `x / sqrt(mean(x^2) + eps) * weight` (deepseek-v3.md 3.1).
+/// RMSNorm: `x / sqrt(mean(x^2) + eps) * weight`: arXiv 1910.07467.
 pub(in crate::cpu) fn norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let squares: f32 = x.iter().map(|v| v * v).sum();
     let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
@@ -107,7 +107,7 @@ pub(in crate::cpu) fn swiglu(gate_up: Rows<'_>, rows: usize, out: &Sink<'_>) {
 }
 
 /// Multiplies neighbours (2i, 2i + 1), taken as a complex number, by `angles` (cos and sin of pair i at 2i, 2i + 1)
-/// (deepseek-v3.md 3.4, interleaved).
+/// (`apply_rotary_emb` of DeepSeek-V3's `inference/model.py`: interleaved).
 pub(in crate::cpu) fn rotate(x: &mut [f32], angles: &[f32]) {
     for (pair, angle) in x.chunks_exact_mut(2).zip(angles.chunks_exact(2)) {
         let (re, im) = (pair[0], pair[1]);
