@@ -2,6 +2,7 @@
 
 mod docs;
 mod layers;
+mod licences;
 mod python;
 mod run;
 mod test;
@@ -24,6 +25,8 @@ enum Task {
     Test(test::Args),
     /// Check that no crate depends on one it must not know
     Layers,
+    /// Check that everything we build on may be used and comes from the registry
+    Licences,
     /// Write the generated reference in docs/ and ARCHITECTURE.md
     Docs {
         /// Write nothing; fail if something would change
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Test(args) => test::run(&args),
         Task::Layers => layers::run(),
+        Task::Licences => licences::run(),
         Task::Docs { check } => workspace::build_hadal().and_then(|hadal| docs::run(check, &hadal)),
     };
     match done {

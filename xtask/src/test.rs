@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use crate::{docs, layers, python, run, workspace};
+use crate::{docs, layers, licences, python, run, workspace};
 
 /// What to run.
 #[derive(Clone, Debug, clap::Args)]
@@ -16,7 +16,7 @@ pub(crate) struct Args {
     /// Also what takes long: ignored tests, CUDA kernels compiled, more seeds where a test takes HADAL_DEEP
     #[arg(long)]
     deep: bool,
-    /// Only tests, not formatting, lints, layers and pages
+    /// Only tests, not formatting, layers, licences, lints and pages
     #[arg(long)]
     tests_only: bool,
     /// Only tests whose name holds this
@@ -39,6 +39,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             run::run(workspace::cargo().args(["fmt", "--all", "--check"]))
         });
         steps.step("layers", layers::run);
+        steps.step("licences", licences::run);
         steps.step("lints", || {
             run::run(workspace::cargo().args([
                 "clippy",

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 /// The root of the checkout that this program was built from.
 pub(crate) fn root() -> PathBuf {
@@ -40,9 +40,19 @@ pub(crate) struct Dependency {
     pub(crate) path: Option<PathBuf>,
 }
 
+/// Where a package comes from, the workspace's and all that it is built from.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Origin {
+    pub(crate) name: String,
+    /// An SPDX expression.
+    pub(crate) license: Option<String>,
+    /// `None` for packages of the workspace.
+    pub(crate) source: Option<String>,
+}
+
 #[derive(Deserialize)]
-struct Metadata {
-    packages: Vec<Package>,
+struct Metadata<P> {
+    packages: Vec<P>,
 }
 
 /// Builds the `hadal` command as the tests' build does, so that their dependencies are compiled once for both, and gives
@@ -73,8 +83,18 @@ fn hadal_executable(message: &str) -> Option<PathBuf> {
 
 /// The workspace's packages as Cargo sees them.
 pub(crate) fn packages() -> anyhow::Result<Vec<Package>> {
+    metadata(&["--no-deps"])
+}
+
+/// The workspace's packages and all that they are built from, on any system.
+pub(crate) fn origins() -> anyhow::Result<Vec<Origin>> {
+    metadata(&["--locked"])
+}
+
+fn metadata<P: DeserializeOwned>(flags: &[&str]) -> anyhow::Result<Vec<P>> {
     let output = cargo()
-        .args(["metadata", "--format-version", "1", "--no-deps"])
+        .args(["metadata", "--format-version", "1"])
+        .args(flags)
         .output()
         .context("running cargo metadata")?;
     ensure!(
@@ -82,7 +102,7 @@ pub(crate) fn packages() -> anyhow::Result<Vec<Package>> {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let metadata: Metadata =
+    let metadata: Metadata<P> =
         serde_json::from_slice(&output.stdout).context("reading cargo metadata")?;
     Ok(metadata.packages)
 }

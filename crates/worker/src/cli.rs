@@ -148,7 +148,7 @@ pub(crate) enum Backend {
     Auto,
     /// The processor.
     Cpu,
-    /// An NVIDIA GPU.
+    /// An NVIDIA GPU (no build serves on one yet).
     Cuda,
 }
 
