@@ -6,6 +6,7 @@ mod failures;
 mod hand_off;
 mod limits;
 mod real;
+mod reflection;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
