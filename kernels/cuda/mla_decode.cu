@@ -12,17 +12,19 @@
 //     block's buffer is free half a pair before the odd one's: its reload hides too.
 // A third warpgroup gives up its registers; its warps refill a half of a K block each, as soon as the half's
 // last reader is done.
-// PAIR: the CTAs of two row tiles (128 heads) form a cluster, each fetches half of every K block and multicasts it: one pass
-// over L2 instead of two, which is what bounds the kernel otherwise.
-// A sequence cut into several parts leaves normalised float32 partials and log-sum-exps; mla_combine adds them in part order.
+// Results leave through Q's place in shared memory as whole rows. A sequence cut into several parts leaves normalised partials
+// in FP16 (each row's half divided by its largest magnitude: half the traffic, and eight times finer than the output's BF16)
+// with log-sum-exps and magnitudes; mla_combine adds them in part order.
 #include "wgmma.cuh"
 
+static_assert(2 * 232 + 40 <= 3 * (65536 / 384 / 8 * 8), "setmaxnreg would wait for registers for ever");
 constexpr u32 LATENT = 512, TILES = 9, TILE = 64 * 64 * 2;
 
 struct Part {
     int first_seq, first_block, last_seq, end_block;  // from block first_block of first_seq up to end_block of last_seq
     int split;                                        // index of first_seq's piece among that sequence's pieces
-    int pad[3];
+    int ids[2];                                       // the first two blocks' entries of the block table
+    int pad;
 };
 
 struct MlaArgs {
@@ -30,9 +32,10 @@ struct MlaArgs {
     const int* block_table;  // [batch][max_blocks]
     const Part* parts;       // [parts]; first_seq = -1: nothing to do
     const int* pieces;       // [batch + 1] first slot of each sequence's pieces among the partials
+    const int* rows;         // rows to combine: how many, then from word 4 on units of sequence, row, first slot, slots
     u16* out;                // [batch * queries * heads][512]
-    float* partial;          // [slots][row_tiles * 64][512]
-    float* lse;              // [slots][row_tiles * 64], base 2
+    u16* partial;            // [slots][row_tiles * 64][512] FP16
+    float4* sums;            // [slots][row_tiles * 64]: log-sum-exp (base 2), magnitude of columns 0 to 255, of 256 to 511
     u32 batch, queries, heads, max_blocks, layer;
     float scale;             // softmax scale times log2(e)
 };
@@ -40,26 +43,12 @@ struct MlaArgs {
 // One block of threads. Cuts the blocks of all sequences into at most `parts` runs: where there are fewer sequences than
 // parts, every part gets a piece of one sequence, all of the smallest length that suffices; else runs of equal cost over all
 // sequences, a piece costing OVERHEAD blocks more than its own.
-constexpr u32 OVERHEAD = 4;
-extern "C" __global__ void __launch_bounds__(1024) mla_plan(const int* lengths, u32 batch, u32 parts, Part* out, int* pieces) {
-    extern __shared__ int blocks[];
-    __shared__ u32 total, best;
-    wait_for_previous_kernel();
-    if (threadIdx.x == 0) total = 0, best = ~0u;
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < batch; i += blockDim.x) {
-        blocks[i] = (int)ceil_div((u32)lengths[i], 64);
-        atomicAdd(&total, (u32)blocks[i]);
-    }
-    __syncthreads();
-    u32 least = max_u32(ceil_div(total, parts), 1);
-    if (batch <= parts) {
-        u32 length = least + threadIdx.x, used = 0;
-        for (u32 i = 0; i < batch; ++i) used += ceil_div((u32)blocks[i], length);
-        if (used <= parts) atomicMin(&best, length);
-    }
-    __syncthreads();
-    if (threadIdx.x != 0) return;
+constexpr u32 OVERHEAD = 2;
+// mla_combine gives a sequence of up to GROUPS pieces a group of threads a row, one of more pieces all groups.
+constexpr u32 GROUPS = 4;
+
+// Cuts, by one thread.
+DEVICE void cut(const int* blocks, u32 batch, u32 parts, u32 total, u32 best, Part* out, int* pieces) {
     u32 greedy = ceil_div(total + batch * OVERHEAD, parts) + OVERHEAD;
     bool whole = best <= greedy;
     u32 seq = 0, block = 0, slot = 0, split = 0;
@@ -95,6 +84,44 @@ extern "C" __global__ void __launch_bounds__(1024) mla_plan(const int* lengths, 
         }
         out[p] = part;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    mla_plan(const int* lengths, const int* block_table, u32 max_blocks, u32 batch, u32 parts, u32 rows, Part* out, int* pieces,
+             int* combine) {
+    extern __shared__ int blocks[];
+    __shared__ u32 total, best, units;
+    wait_for_previous_kernel();
+    if (threadIdx.x == 0) total = units = 0, best = ~0u;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < batch; i += blockDim.x) {
+        blocks[i] = (int)ceil_div((u32)lengths[i], 64);
+        atomicAdd(&total, (u32)blocks[i]);
+    }
+    __syncthreads();
+    u32 least = max_u32(ceil_div(total, parts), 1);
+    if (batch <= parts) {
+        u32 length = least + threadIdx.x, used = 0;
+        for (u32 i = 0; i < batch; ++i) used += ceil_div((u32)blocks[i], length);
+        if (used <= parts) atomicMin(&best, length);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) cut(blocks, batch, parts, total, best, out, pieces);
+    __syncthreads();
+    for (u32 p = threadIdx.x; p < parts; p += blockDim.x) {
+        int seq = out[p].first_seq, block = out[p].first_block;
+        for (u32 i = 0; seq >= 0 && i < 2; ++i)
+            out[p].ids[i] = block + i < max_blocks ? block_table[(u64)seq * max_blocks + block + i] : 0;
+    }
+    for (u32 seq = threadIdx.x; seq < batch; seq += blockDim.x) {
+        u32 count = (u32)(pieces[seq + 1] - pieces[seq]), step = count <= GROUPS ? GROUPS : 1;
+        if (count < 2) continue;
+        u32 at = atomicAdd(&units, ceil_div(rows, step));
+        for (u32 row = 0; row < rows; row += step)
+            ((uint4*)combine)[++at] = uint4{seq, row, (u32)pieces[seq], count};
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) combine[0] = (int)units;
 }
 
 // Starts the scores of one block, s = Q K^T over 576, tile by tile as they arrive.
@@ -140,8 +167,8 @@ DEVICE void clear_tail(u32 k, u32 valid) {
     fence_async();
 }
 
-template <bool PAIR>
-DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const MlaArgs& args) {
+extern "C" __global__ void __launch_bounds__(384, 1)
+    mla_decode(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
     extern __shared__ __align__(1024) u8 shared[];
     u32 q = shared_address(shared), k0 = q + TILES * TILE, k1 = k0 + TILES * TILE;
     u32 full = k1 + TILES * TILE;  // [2][9]
@@ -152,68 +179,64 @@ DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const Ml
 
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < 18; ++i) mbar_init(full + 8 * i, 1);
-        for (u32 i = 0; i < 4; ++i) mbar_init(empty + 8 * i, PAIR ? 8 : 4);
+        for (u32 i = 0; i < 4; ++i) mbar_init(empty + 8 * i, 4);
         mbar_init(q_full, 1);
         mbar_init(q_empty, 8);
         mbar_init_done();
         prefetch_map(&q_map);
         prefetch_map(&kv_map);
     }
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     __syncthreads();
 
     u32 rows = args.queries * args.heads, row_tiles = ceil_div(rows, 64);
     u32 row_tile = blockIdx.x % row_tiles;
     Part part = args.parts[blockIdx.x / row_tiles];
-    if (part.first_seq < 0) return;  // so does the other CTA of a pair
-    u32 rank = PAIR ? cluster_rank() : 0;
-    if (PAIR) cluster_sync();  // the other's barriers exist
+    if (part.first_seq < 0) return;
     // Through a shuffle, so that the compiler knows the roles to be uniform in a warp.
     u32 warp = __shfl_sync(0xffffffff, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, wg = warp >> 2;
 
     if (wg == 2) {
-        registers_down<32>();
+        registers_down<40>();
         if (lane == 0) {
             // One warp for each half of a K block, so that none waits for another's readers: K0 left, K1 right, K0 right with
             // its rope tile, K1 left with its rope tile. Each is free when one warpgroup has used it as V.
             u32 half = warp - 8, buffer = half & 1, k = buffer ? k1 : k0;
             bool right = half == 1 || half == 2, rope = half >= 2;
             u32 first = right ? 4 : 0, loads = 0, segments = 0;
+            auto load_q = [&](int seq) {
+                mbar_expect(q_full, TILES * TILE);
+                for (u32 t = 0; t < TILES; ++t)
+                    tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
+            };
             for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
                 int begin = seq == part.first_seq ? part.first_block : 0;
                 int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)args.lengths[seq], 64);
                 if (begin >= end) continue;
-                if (half == 0) {
-                    if (segments) mbar_wait(q_empty, (segments & 1) ^ 1);
-                    ++segments;
-                    mbar_expect(q_full, TILES * TILE);
-                    for (u32 t = 0; t < TILES; ++t)
-                        tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
-                }
+                if (half == 0 && segments == 0) load_q(seq);
                 const int* table = args.block_table + (u64)seq * args.max_blocks;
-                int id = begin + (int)buffer < end ? table[begin + buffer] : 0;
+                int id = seq == part.first_seq ? (buffer ? part.ids[1] : part.ids[0]) : begin + (int)buffer < end ? table[begin + buffer] : 0;
                 for (int b = begin + (int)buffer; b < end; b += 2, ++loads) {
                     int next = b + 2 < end ? table[b + 2] : 0;
                     if (loads) mbar_wait(empty + 8 * half, (loads & 1) ^ 1);
                     for (u32 t = first; t < first + 4 + rope; ++t) {
                         u32 tile = t < first + 4 ? t : 8, bar = full + 8 * (9 * buffer + tile);
                         mbar_expect(bar, TILE);
-                        if (!PAIR)
-                            tma_4d(k + tile * TILE, &kv_map, bar, tile * 64, 0, args.layer, id, EVICT_FIRST);
-                        else if ((tile == 8 ? buffer : tile & 1) == rank)  // each CTA of the pair fetches half for both
-                            tma_4d_multicast(k + tile * TILE, &kv_map, bar, tile * 64, 0, args.layer, id, 3, EVICT_FIRST);
+                        tma_4d(k + tile * TILE, &kv_map, bar, tile * 64, 0, args.layer, id, EVICT_FIRST);
                     }
                     id = next;
+                    if (half == 0 && b == begin && segments++) {  // behind the block, which may be free long before
+                        mbar_wait(q_empty, segments & 1);
+                        load_q(seq);
+                    }
                 }
             }
         }
-        __syncwarp();
-        if (PAIR) cluster_sync();
         return;
     }
 
-    registers_up<240>();
+    registers_up<232>();
     u32 row = (warp & 3) * 16 + (lane >> 2);  // and row + 8
     u32 uses0 = 0, uses1 = 0, segment = 0;
     float s[32], o[128];
@@ -277,18 +300,15 @@ DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const Ml
             wgmma_commit();
         };
         auto release = [&](u32 bar) {
-            if (lane != 0) return;
-            mbar_arrive(bar);
-            if (PAIR) mbar_arrive_at(bar, rank ^ 1);
+            if (lane == 0) mbar_arrive(bar);
         };
 
         for (int b = begin; b < end; b += 2) {
-            bool odd = b + 1 < end, last = b + 2 >= end;
+            bool odd = b + 1 < end;
             if (wg == 0) {
                 start_scores(s, q, k0, full, uses0 & 1);
                 wgmma_wait<0>();
                 pin(s);
-                if (last && lane == 0) mbar_arrive(q_empty);
                 float top[2] = {max[0], max[1]};
                 largest(b, top);
                 float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
@@ -330,8 +350,7 @@ DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const Ml
                     start_scores(s, q, k1, full + 72, uses1 & 1);
                     wgmma_wait<0>();
                     pin(s);
-                    if (last && lane == 0) mbar_arrive(q_empty);
-                }
+                    }
                 named_sync(1, 256);
                 float top[2] = {max0[row], max0[row + 8]};
                 float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
@@ -368,8 +387,7 @@ DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const Ml
                     pin(o);
                     release(empty + 8);
                 } else {
-                    if (last && lane == 0) mbar_arrive(q_empty);
-                    wgmma_wait<0>();
+                        wgmma_wait<0>();
                     pin(o);
                     release(empty + 16);
                 }
@@ -386,82 +404,136 @@ DEVICE void mla_decode(const TensorMap& q_map, const TensorMap& kv_map, const Ml
             sum[h] += __shfl_xor_sync(0xffffffff, sum[h], 2);
             if ((lane & 3) == 0) (wg == 0 ? sum0 : sum1)[row + 8 * h] = sum[h];
         }
-        named_sync(4, 256);
+        named_sync(4, 256);  // the sums are there, and nobody reads Q any more
         int first_slot = args.pieces[seq], pieces = args.pieces[seq + 1] - first_slot;
-        u32 slot = first_slot + (seq == part.first_seq ? part.split : 0);
+        u32 slot = first_slot + (seq == part.first_seq ? part.split : 0), pitch = row_tiles * 64;
+        float by[2];
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
-            u32 in_tile = row + 8 * h, r = row_tile * 64 + in_tile;
-            if (r >= rows) continue;
             // A query token ahead of this piece's first token sees none of it: weight 0, not 0 / 0.
-            float total = sum0[in_tile] + sum1[in_tile], inverse = total == 0.0f ? 0.0f : 1.0f / total;
-            u32 column = wg * 256 + 2 * (lane & 3);
-            if (pieces == 1) {
-                u16* to = args.out + ((u64)seq * rows + r) * LATENT + column;
+            float total = sum0[row + 8 * h] + sum1[row + 8 * h];
+            by[h] = total == 0.0f ? 0.0f : 1.0f / total;
+            if (pieces == 1) continue;
+            float largest = 0.0f;
 #pragma unroll
-                for (u32 j = 0; j < 32; ++j)
-                    *(u32*)(to + 8 * j) = pack_bf16(o[4 * j + 2 * h] * inverse, o[4 * j + 2 * h + 1] * inverse);
-            } else {
-                u64 at = (u64)slot * row_tiles * 64 + r;
-                float* to = args.partial + at * LATENT + column;
-#pragma unroll
-                for (u32 j = 0; j < 32; ++j)
-                    *(float2*)(to + 8 * j) = float2{o[4 * j + 2 * h] * inverse, o[4 * j + 2 * h + 1] * inverse};
-                if (wg == 0 && (lane & 3) == 0) args.lse[at] = max[h] * args.scale + log2f(total);
+            for (u32 j = 0; j < 32; ++j)
+                largest = max_nan(largest, max_nan(fabsf(o[4 * j + 2 * h]), fabsf(o[4 * j + 2 * h + 1])));
+            largest = max_nan(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+            largest = max_nan(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+            float4* to = args.sums + (u64)slot * pitch + row_tile * 64 + row + 8 * h;
+            if ((lane & 3) == 0) {
+                if (wg == 0) to->x = max[h] * args.scale + log2f(total);
+                (wg == 0 ? to->y : to->z) = largest * by[h];
             }
+            by[h] = largest == 0.0f ? 0.0f : 1.0f / largest;
         }
-    }
-    __syncwarp();
-    if (PAIR) cluster_sync();  // nobody leaves while the other may still write here
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1)
-    mla_decode_one(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
-    mla_decode<false>(q_map, kv_map, args);
-}
-// Launched in clusters of two.
-extern "C" __global__ void __launch_bounds__(384, 1)
-    mla_decode_pair(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const MlaArgs args) {
-    mla_decode<true>(q_map, kv_map, args);
-}
-
-// Adds the pieces of every row that has several: four groups of 128 threads take every fourth piece each, then meet.
-constexpr u32 MAX_PIECES = 160;
-extern "C" __global__ void __launch_bounds__(512) mla_combine(const MlaArgs args) {
-    __shared__ float weight[MAX_PIECES];
-    __shared__ float4 sums[4][128];
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64;
-    u32 group = threadIdx.x >> 7, t = threadIdx.x & 127;
-    for (u32 index = blockIdx.x; index < args.batch * rows; index += gridDim.x) {
-        u32 seq = index / rows, r = index % rows;
-        u32 first = args.pieces[seq], count = args.pieces[seq + 1] - first;
-        if (count < 2) continue;
-        if (threadIdx.x < count) weight[threadIdx.x] = args.lse[(u64)(first + threadIdx.x) * pitch + r];
-        __syncthreads();
-        float top = -1e30f, total = 0.0f;
-        for (u32 i = 0; i < count; ++i) top = fmaxf(top, weight[i]);
-        for (u32 i = 0; i < count; ++i) total += exp2_approx(weight[i] - top);
-        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        u32 staged = q + wg * 4 * TILE, r = (warp & 3) * 16 + (lane >> 3 & 1) * 8 + (lane & 7);
+        auto stage = [&](auto pack) {
+#pragma unroll
+            for (u32 i = 0; i < 16; ++i) {
+                u32 column = 2 * i + (lane >> 4);  // of 8 values
+                stmatrix_x4(staged + (column >> 3) * TILE + r * 128 + ((column & 7) ^ (r & 7)) * 16,
+                            pack(o[8 * i] * by[0], o[8 * i + 1] * by[0]), pack(o[8 * i + 2] * by[1], o[8 * i + 3] * by[1]),
+                            pack(o[8 * i + 4] * by[0], o[8 * i + 5] * by[0]), pack(o[8 * i + 6] * by[1], o[8 * i + 7] * by[1]));
+            }
+        };
+        if (pieces == 1) stage([](float a, float b) { return pack_bf16(a, b); });
+        else stage([](float a, float b) { return pack_f16(a, b); });
+        named_sync(7 + wg, 128);
+        u16* to = (pieces == 1 ? args.out + ((u64)seq * rows + row_tile * 64) * LATENT
+                               : args.partial + ((u64)slot * pitch + row_tile * 64) * LATENT) + wg * 256;
+        u32 words = min_u32(rows - row_tile * 64, 64) * 32;
 #pragma unroll 8
-        for (u32 i = group; i < count; i += 4) {
-            float4 v = __ldcs((const float4*)(args.partial + ((u64)(first + i) * pitch + r) * LATENT) + t);
-            float w = exp2_approx(weight[i] - top);
-            sum.x += w * v.x;
-            sum.y += w * v.y;
-            sum.z += w * v.z;
-            sum.w += w * v.w;
+        for (u32 i = threadIdx.x & 127; i < words; i += 128) {
+            u32 at = i >> 5, column = i & 31;
+            store_global_16(to + at * LATENT + column * 8,
+                            load_shared_16(staged + (column >> 3) * TILE + at * 128 + ((column & 7) ^ (at & 7)) * 16));
         }
-        sums[group][t] = sum;
-        __syncthreads();
-        if (group == 0) {
+        fence_async();
+        __syncwarp();
+        if (lane == 0) mbar_arrive(q_empty);
+    }
+}
+
+// Adds the pieces of every row that has several. 64 threads hold a row's 512 columns; a row of more than GROUPS pieces is shared
+// by all groups, each of which takes every GROUPS-th piece.
+constexpr u32 MAX_PIECES = 160;
+extern "C" __global__ void __launch_bounds__(64 * GROUPS) mla_combine(const MlaArgs args) {
+    __shared__ float partial_sums[GROUPS][64][9];
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64, units = (u32)args.rows[0];
+    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31;
+    for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        uint4 entry = ((const uint4*)args.rows)[1 + unit];
+        u32 seq = entry.x, first = entry.z, count = entry.w;
+        bool alone = count <= GROUPS;
+        u32 row = entry.y + (alone ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;
+        if (alone && row >= rows) continue;
+        const u16* from = args.partial + ((u64)first * pitch + row) * LATENT + t * 8;
+        uint4 v[32 / GROUPS];
+        auto load = [&](u32 base) {
+#pragma unroll
+            for (u32 k = 0; k < 32 / GROUPS; ++k) {
+                u32 piece = base + begin + step * k;
+                v[k] = piece < count ? __ldcs((const uint4*)(from + (u64)piece * pitch * LATENT)) : uint4{0, 0, 0, 0};
+            }
+        };
+        load(0);
+        // Lane l knows pieces l, l + 32, ...
+        float lse[MAX_PIECES / 32], magnitude[MAX_PIECES / 32], top = -1e30f, total = 0.0f;
+#pragma unroll
+        for (u32 c = 0; c < MAX_PIECES / 32; ++c) {
+            bool there = c * 32 + lane < count;
+            float4 sums = there ? args.sums[(u64)(first + c * 32 + lane) * pitch + row] : float4{-1e30f, 0.0f, 0.0f, 0.0f};
+            lse[c] = sums.x;
+            magnitude[c] = t < 32 ? sums.y : sums.z;
+            top = fmaxf(top, lse[c]);
+        }
+#pragma unroll
+        for (u32 shift = 16; shift > 0; shift /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, shift));
+#pragma unroll
+        for (u32 c = 0; c < MAX_PIECES / 32; ++c) {
+            float weight = c * 32 + lane < count ? exp2_approx(lse[c] - top) : 0.0f;
+            total += weight;
+            magnitude[c] *= weight;
+        }
+#pragma unroll
+        for (u32 shift = 16; shift > 0; shift /= 2) total += __shfl_xor_sync(0xffffffff, total, shift);
+        float sum[8] = {};
+#pragma unroll
+        for (u32 c = 0; c < MAX_PIECES / 32; ++c) {
+            if (c * 32 >= count) break;
+#pragma unroll
+            for (u32 k = 0; k < 32 / GROUPS; ++k) {
+                float weight = __shfl_sync(0xffffffff, magnitude[c], begin + step * k);
+                u32 pairs[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    float2 both = unpack_f16(pairs[i]);
+                    sum[2 * i] += weight * both.x;
+                    sum[2 * i + 1] += weight * both.y;
+                }
+            }
+            if (c * 32 + 32 < count) load(c * 32 + 32);
+        }
+        if (!alone) {
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) partial_sums[group][t][i] = sum[i];
+            __syncthreads();
+            if (group == 0) {
+#pragma unroll
+                for (u32 g = 1; g < GROUPS; ++g)
+#pragma unroll
+                    for (u32 i = 0; i < 8; ++i) sum[i] += partial_sums[g][t][i];
+            }
+            __syncthreads();
+        }
+        if (alone || group == 0) {
             float inverse = 1.0f / total;
-            float4 b = sums[1][t], c = sums[2][t], d = sums[3][t];
-            uint2 packed = {pack_bf16((sum.x + b.x + c.x + d.x) * inverse, (sum.y + b.y + c.y + d.y) * inverse),
-                            pack_bf16((sum.z + b.z + c.z + d.z) * inverse, (sum.w + b.w + c.w + d.w) * inverse)};
-            *(uint2*)(args.out + (u64)index * LATENT + 4 * t) = packed;
+            *(uint4*)(args.out + ((u64)seq * rows + row) * LATENT + t * 8) =
+                uint4{pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse),
+                      pack_bf16(sum[4] * inverse, sum[5] * inverse), pack_bf16(sum[6] * inverse, sum[7] * inverse)};
         }
-        __syncthreads();
     }
 }

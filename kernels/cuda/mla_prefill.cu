@@ -4,10 +4,12 @@
 // A CTA takes 128 queries of one head; two warpgroups hold 64 rows each, one thread of a third feeds a ring of two K and two V
 // tiles of 128 tokens. K is never put together in memory: its first 128 columns and V come from the up-projection's output
 // [token][head][128 key | 128 value], its last 64 from the rope keys. A warpgroup starts the next tile's scores, then the
-// current tile's output, and exponentiates the scores while the output is still being added.
+// current tile's output, and exponentiates the scores while the output is still being added. The two take turns at starting
+// products, so that one's softmax meets the other's products instead of its softmax.
 #include "wgmma.cuh"
 
 constexpr u32 Q_ROWS = 128, KV_ROWS = 128, BOX = 128 * 128;  // a TMA box: 128 rows x 64 BF16
+static_assert(2 * 240 + 24 <= 3 * (65536 / 384 / 8 * 8), "setmaxnreg would wait for registers for ever");
 constexpr u32 Q_BYTES = 3 * BOX, K_BYTES = 3 * BOX, V_BYTES = 2 * BOX;
 
 struct PrefillArgs {
@@ -38,14 +40,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         prefetch_map(&kv_map);
         prefetch_map(&rope_map);
     }
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     __syncthreads();
 
-    u32 seq = blockIdx.z, head = blockIdx.y;
+    u32 seq = blockIdx.z;
     int first_query = args.query_start[seq], queries = args.query_start[seq + 1] - first_query;
     int first_token = args.context_start[seq], tokens = args.context_start[seq + 1] - first_token;
-    int tile = (int)(gridDim.x - 1 - blockIdx.x) * (int)Q_ROWS;  // the longest first
+    // As many heads side by side as have their keys and values (512 bytes a token) in 32 MB of L2, their longest tiles first.
+    u32 at_once = min_u32(max_u32((32u << 20) / 512 / (u32)max(tokens, 1), 1), 16);
+    u32 index = blockIdx.y * gridDim.x + blockIdx.x, group = index / (at_once * gridDim.x) * at_once;
+    u32 width = min_u32(at_once, gridDim.y - group), within = index - group * gridDim.x, head = group + within % width;
+    int tile = (int)(gridDim.x - 1 - within / width) * (int)Q_ROWS;
     if (tile >= queries) return;
     // Query i sees tokens up to tokens - queries + i.
     int seen = tokens - queries + min(queries, tile + (int)Q_ROWS);
@@ -96,12 +102,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         u32 stage = n & 1;
         mbar_wait(v_full + 8 * stage, n >> 1 & 1);
         if (n == 0 && tokens < tiles * (int)KV_ROWS) {
-            // Rows behind the context meet probability 0; 0 * NaN would be NaN.
+            // Rows behind the context meet probability 0; 0 * NaN would be NaN. Each warpgroup writes all the zeros: it must
+            // not wait for the other while it has the turn.
             int valid = tokens - (tiles - 1) * (int)KV_ROWS;
-            for (u32 i = threadIdx.x; i < (KV_ROWS - valid) * 16; i += 256)
+            for (u32 i = threadIdx.x & 127; i < (KV_ROWS - valid) * 16; i += 128)
                 store_shared_16(v + stage * V_BYTES + (i & 1) * BOX + (valid + (i >> 4)) * 128 + (i >> 1 & 7) * 16, 0, 0, 0, 0);
             fence_async();
-            named_sync(1, 256);
+            named_sync(2 + wg, 128);
         }
         pin(o);
         wgmma_fence();
@@ -147,16 +154,25 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (lane == 0) mbar_arrive(bar + 8 * (n & 1));
     };
 
+    // Barrier 4 + w: warpgroup w may start products.
+    auto take_turn = [&]() { named_sync(4 + wg, 256); };
+    auto pass_turn = [&]() { named_arrive(4 + (wg ^ 1), 256); };
+
     mbar_wait(q_full, 0);
+    if (wg == 1) pass_turn();
+    take_turn();
     start_scores(0);
+    pass_turn();
     wgmma_wait<0>();
     pin(s);
     release(k_empty, 0);
     softmax(0);
     pack();
     for (int n = 0; n + 1 < tiles; ++n) {
+        take_turn();
         start_scores(n + 1);
         start_output(n);
+        pass_turn();
         wgmma_wait<1>();
         pin(s);
         release(k_empty, n + 1);
@@ -168,7 +184,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         for (u32 i = 0; i < 64; ++i) o[i] *= by[i >> 1 & 1];
         pack();
     }
+    take_turn();
     start_output(tiles - 1);
+    if (wg == 0) pass_turn();
     wgmma_wait<0>();
     pin(o);
 

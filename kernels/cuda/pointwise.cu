@@ -22,26 +22,40 @@ DEVICE void store_bf16(u16* to, const Eight& x) {
 // What a later kernel reads from BF16 memory: rounding before quantising gives the same bits with or without fusing.
 DEVICE void round_bf16(Eight& x) {
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) x.v[i] = bf16_to_float(to_bf16(x.v[i]));
+    for (u32 i = 0; i < 8; i += 2) {  // in pairs: single conversions run at a quarter of the rate
+        u32 pair = pack_bf16(x.v[i], x.v[i + 1]);
+        x.v[i] = bf16_low(pair);
+        x.v[i + 1] = bf16_high(pair);
+    }
 }
 
-// Quantises the 128 elements of this thread's sixteen as DeepSeek-V3's inference/kernel.py does: scale = max(amax, 1e-4) / 448, or
-// the next power of two. All 32 lanes call it.
+// x / divisor to the last bit, without a division's branches: the product with the reciprocal, corrected by its remainder. An
+// infinite divisor (given as 0 with inverse 0) gives 0, and NaN for an infinite x.
+DEVICE float divide(float x, float divisor, float inverse) {
+    float quotient = x * inverse, rest = fmaf(-quotient, divisor, x);
+    return rest == 0.0f ? quotient : fmaf(rest, inverse, quotient);  // -0 stays -0
+}
+
+// Quantises the 128 elements of this thread's sixteen as DeepSeek-V3's inference/kernel.py does: scale = max(amax, 1e-4) / 448,
+// or the next power of two. All 32 lanes call it.
 DEVICE void quantise_block(const Eight& x, u8* to, float* scale_to, bool power_of_two, bool valid) {
-    float amax = 0.0f;
+    float infinity = __int_as_float(0x7f800000), amax = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) amax = max_nan(amax, fabsf(x.v[i]));
 #pragma unroll
     for (u32 step = 1; step < 16; step *= 2) amax = max_nan(amax, __shfl_xor_sync(0xffffffff, amax, step));
-    float scale = max_nan(amax, 1e-4f) / 448.0f;
+    amax = max_nan(amax, 1e-4f);
+    float scale = amax == infinity ? amax : divide(amax, 448.0f, 1.0f / 448.0f);
     if (power_of_two) {
         u32 bits = __float_as_uint(scale);
         scale = __uint_as_float((bits & 0x7f800000u) + ((bits & 0x7fffffu) != 0 ? 0x800000u : 0));
     }
     if (!valid) return;
-    u32 low = pack_e4m3(x.v[0] / scale, x.v[1] / scale) | (u32)pack_e4m3(x.v[2] / scale, x.v[3] / scale) << 16;
-    u32 high = pack_e4m3(x.v[4] / scale, x.v[5] / scale) | (u32)pack_e4m3(x.v[6] / scale, x.v[7] / scale) << 16;
-    *(uint2*)to = uint2{low, high};
+    float inverse = reciprocal(scale), divisor = scale == infinity ? 0.0f : scale, y[8];
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) y[i] = divide(x.v[i], divisor, inverse);
+    *(uint2*)to = uint2{pack_e4m3(y[0], y[1]) | (u32)pack_e4m3(y[2], y[3]) << 16,
+                        pack_e4m3(y[4], y[5]) | (u32)pack_e4m3(y[6], y[7]) << 16};
     if ((threadIdx.x & 15) == 0) *scale_to = scale;
 }
 
@@ -80,8 +94,8 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const NormArgs args)
 #pragma unroll
         for (u32 i = 0; i < 8; i += 4) *(float4*)(weight + i) = __ldg((const float4*)(args.weight + col + i));
     }
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     Eight x = {};
     if (valid) {
         u16* at = args.residual + (u64)row * args.ld + col;
@@ -97,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const NormArgs args)
     float squares = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) squares += x.v[i] * x.v[i];
-    float inverse = 1.0f / sqrtf(block_sum(squares, scratch) / (float)args.cols + args.eps);
+    float inverse = reciprocal_root_approx(block_sum(squares, scratch) / (float)args.cols + args.eps);
     if (valid) {
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) x.v[i] = x.v[i] * inverse * weight[i];
@@ -121,8 +135,8 @@ struct ActArgs {
 // Rows of the grid's y: a row, or for masked groups a row that the group uses.
 template <bool SWIGLU>
 DEVICE void activate(const ActArgs& args) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 col = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     for (u32 row = blockIdx.y; row < args.rows; row += gridDim.y) {
         if (args.counts && row % args.group_rows >= (u32)args.counts[row / args.group_rows]) continue;
@@ -134,7 +148,7 @@ DEVICE void activate(const ActArgs& args) {
                 x = load_bf16(at);
                 Eight up = load_bf16(at + args.cols);
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i) x.v[i] = x.v[i] / (1.0f + __expf(-x.v[i])) * up.v[i];
+                for (u32 i = 0; i < 8; ++i) x.v[i] = x.v[i] * reciprocal_approx(1.0f + __expf(-x.v[i])) * up.v[i];
                 round_bf16(x);
             } else {
                 x = load_bf16(args.x + (u64)row * args.cols + col);
@@ -165,8 +179,8 @@ struct RopeArgs {
 
 // One thread a pair. Rotates in place, or on the way into the absorbed query [latent | rope].
 extern "C" __global__ void __launch_bounds__(256) rope(const RopeArgs args) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 pairs = args.rope / 2;
     u64 total = (u64)args.rows * args.heads * pairs;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += (u64)gridDim.x * blockDim.x) {
@@ -192,8 +206,8 @@ struct CacheArgs {
 // One block of threads a row: threads of the latent normalise, those after it rotate; latent and rope multiples of 8.
 extern "C" __global__ void __launch_bounds__(256) cache_write(const CacheArgs args) {
     __shared__ float scratch[32];
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 row = blockIdx.x, col = threadIdx.x * 8, width = args.latent + args.rope;
     int slot = args.slots[row];
     if (slot < 0) return;
@@ -204,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(256) cache_write(const CacheArgs ar
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) squares += x.v[i] * x.v[i];
     }
-    float inverse = 1.0f / sqrtf(block_sum(squares, scratch) / (float)args.latent + args.eps);
+    float inverse = reciprocal_root_approx(block_sum(squares, scratch) / (float)args.latent + args.eps);
     u16* to = args.cache + (((u64)(slot / 64) * args.layers + args.layer) * 64 + slot % 64) * width + col;
     if (col < args.latent) {
 #pragma unroll
@@ -231,8 +245,8 @@ struct RowArgs {
 
 // to[i] = from[index[i]]: embedding (tokens index the table), rows that need logits.
 extern "C" __global__ void __launch_bounds__(256) gather_rows(const RowArgs args) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 from = (u32)args.index[blockIdx.x];
     if (from >= args.limit) return;
     for (u32 i = threadIdx.x; i < args.words; i += blockDim.x)
@@ -240,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(256) gather_rows(const RowArgs args
 }
 // to[index[i]] = from[i].
 extern "C" __global__ void __launch_bounds__(256) scatter_rows(const RowArgs args) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 to = (u32)args.index[blockIdx.x];
     if (to >= args.limit) return;
     for (u32 i = threadIdx.x; i < args.words; i += blockDim.x)

@@ -32,6 +32,18 @@ DEVICE u16 to_bf16(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(x));
     return out;
 }
+DEVICE u32 pack_f16(float low, float high) {
+    u32 out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+DEVICE float2 unpack_f16(u32 pair) {
+    float2 out;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+        : "=f"(out.x), "=f"(out.y)
+        : "r"(pair));
+    return out;
+}
 // Two floats to two E4M3 bytes (nearest even, saturating to 448; NaN stays NaN), `low` in the low byte.
 DEVICE u16 pack_e4m3(float low, float high) {
     u16 out;
@@ -42,6 +54,21 @@ DEVICE float exp2_approx(float x) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
     return out;
+}
+DEVICE float reciprocal_approx(float x) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+DEVICE float reciprocal_root_approx(float x) {
+    float out;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+// 1 / x for x that is not near 0, rounded to nearest but in rare cases; no branch, unlike a division. 1 / infinity is 0.
+DEVICE float reciprocal(float x) {
+    float r = reciprocal_approx(x), rest = x == __int_as_float(0x7f800000) ? 0.0f : fmaf(-x, r, 1.0f);
+    return fmaf(r, rest, r);
 }
 // The larger of two, NaN if either is NaN: a broken input must show in the output.
 DEVICE float max_nan(float a, float b) {
@@ -76,7 +103,8 @@ DEVICE void registers_up() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// Programmatic dependent launch: wait for the kernels before this one (and their writes); let the next one start.
+// Programmatic dependent launch: wait for the kernels before this one (and their writes); let the next one start. In this order,
+// so that one kernel at a time waits on the multiprocessors.
 DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
@@ -191,6 +219,9 @@ DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
 
 // ---- matrices in shared memory -------------------------------------------------------------------------------------
 
+DEVICE void store_global_16(void* to, uint4 v) {  // as four stores, if left to the compiler where registers are scarce
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"((u64)to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 // Four 8x8 b16 matrices, each written transposed; lane l gives the address of row l%8 of matrix l/8.
 DEVICE void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b),

@@ -30,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(128) gate(const GateArgs args) {
     float bias[MAX_PER_LANE];
 #pragma unroll
     for (u32 i = 0; i < MAX_PER_LANE; ++i) bias[i] = i < per ? __ldg(args.bias + first + i) : 0.0f;
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     if (token >= args.tokens) return;
 
     float score[MAX_PER_LANE];
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(128) gate(const GateArgs args) {
     for (u32 i = 0; i < MAX_PER_LANE; ++i) {
         key[i] = 0;
         if (i < per) {
-            score[i] = 1.0f / (1.0f + expf(-args.logits[(u64)token * args.experts + first + i]));
+            score[i] = reciprocal(1.0f + expf(-args.logits[(u64)token * args.experts + first + i]));
             float choice = score[i] + bias[i];
             key[i] = ordered(choice);
             second = max_nan(second, fminf(best, choice));
@@ -107,8 +107,8 @@ DEVICE u32 slot_of(const DispatchArgs& args, u32 copy) {
 // One block of threads a slot: counts the copies of lower slots (its first row), then numbers its own in order.
 extern "C" __global__ void __launch_bounds__(256) dispatch(const DispatchArgs args) {
     __shared__ u32 lower_of[8], own_of[8];
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 slot = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 lower = 0, own = 0;
     for (u32 c = threadIdx.x; c < args.copies; c += 256) {
@@ -156,8 +156,8 @@ struct PermuteArgs {
 
 // Row r of the grouped product's input: token copy_of_row[r] / top_k. One block of threads a row.
 extern "C" __global__ void __launch_bounds__(256) permute(const PermuteArgs args) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 row = blockIdx.x, token = (u32)args.copy_of_row[row] / args.top_k;
     const uint4* from = (const uint4*)(args.from + (u64)token * args.cols);
     uint4* to = (uint4*)(args.to + (u64)row * args.cols);
@@ -177,8 +177,8 @@ struct CombineArgs {
 
 // out[t] = sum over k in order of weights[t][k] * y[row_of_copy[t][k]], + shared[t]. Eight columns a thread.
 extern "C" __global__ void __launch_bounds__(256) combine(const CombineArgs args) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 token = blockIdx.y, col = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (col >= args.cols) return;
     float sum[8] = {};

@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     __shared__ u32 top_key[THREADS / 32], top_index[THREADS / 32], bucket;
     __shared__ u64 above_bucket;
     __shared__ int drawn;
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     u32 row = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const float* logits = args.logits + (u64)row * args.ld;
 

@@ -123,6 +123,17 @@ inline float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 inline float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+inline u32 pack_f16(float low, float high) {
+    _Float16 pair[] = {(_Float16)low, (_Float16)high};
+    u32 out;
+    memcpy(&out, pair, 4);
+    return out;
+}
+inline float2 unpack_f16(u32 pair) {
+    _Float16 both[2];
+    memcpy(both, &pair, 4);
+    return {(float)both[0], (float)both[1]};
+}
 inline u8 to_e4m3(float x) {
     u8 sign = __float_as_uint(x) >> 24 & 0x80;
     float magnitude = fabsf(x);
@@ -139,6 +150,9 @@ inline float from_e4m3(u8 x) {
 }
 inline u16 pack_e4m3(float low, float high) { return to_e4m3(low) | (u16)to_e4m3(high) << 8; }
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline float reciprocal_root_approx(float x) { return 1.0f / sqrtf(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
 inline u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 inline u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
@@ -204,6 +218,10 @@ inline uint4 load_shared_16(u32 address) { return *(uint4*)emulator::at(address)
 inline float2 load_shared_float2(u32 address) { return *(float2*)emulator::at(address); }
 inline float load_shared_float(u32 address) { return *(float*)emulator::at(address); }
 inline void store_shared_float(u32 address, float v) { *(float*)emulator::at(address) = v; }
+inline void store_global_16(void* to, uint4 v) {
+    if ((u64)to % 16) fprintf(stderr, "emulator: misaligned store\n"), abort();
+    *(uint4*)to = v;
+}
 inline void store_shared_16(u32 address, u32 a, u32 b, u32 c, u32 d) { *(uint4*)emulator::at(address) = {a, b, c, d}; }
 
 inline u64 k_major(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }

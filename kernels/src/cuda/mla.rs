@@ -54,8 +54,14 @@ impl Shape {
         self.batch + 1
     }
 
-    /// Elements of [`Workspace::lse`]; [`Workspace::partial`] has [`LATENT`] times as many.
-    pub fn lse_len(self, sms: u32) -> usize {
+    /// Elements of [`Workspace::rows`].
+    pub fn rows_len(self, sms: u32) -> usize {
+        // Fewer than `parts` sequences are split, and a sequence has no more units than rows.
+        4 * (1 + self.parts(sms) * self.rows())
+    }
+
+    /// Rows of partial results, of which [`Workspace::partial`] has [`LATENT`] elements each and [`Workspace::sums`] 4.
+    pub fn partial_rows(self, sms: u32) -> usize {
         (self.batch + self.parts(sms)) * self.row_tiles() * 64
     }
 }
@@ -67,10 +73,12 @@ pub struct Workspace {
     pub parts: Span<i32>,
     /// The plan's pieces of each sequence.
     pub pieces: Span<i32>,
-    /// Partial outputs.
-    pub partial: Span<f32>,
-    /// Their log-sum-exps.
-    pub lse: Span<f32>,
+    /// The plan's rows that lie in several pieces.
+    pub rows: Span<i32>,
+    /// Partial outputs, FP16.
+    pub partial: Span<u16>,
+    /// Their log-sum-exps and magnitudes.
+    pub sums: Span<f32>,
 }
 
 /// The paged cache, `[blocks][layers][64][576]` BF16, and where this step's sequences lie in it.
@@ -97,9 +105,10 @@ struct Args {
     block_table: u64,
     parts: u64,
     pieces: u64,
+    rows: u64,
     out: u64,
     partial: u64,
-    lse: u64,
+    sums: u64,
     batch: u32,
     queries: u32,
     heads: u32,
@@ -108,12 +117,13 @@ struct Args {
     scale: f32,
 }
 
-/// Cuts the step's work into runs.
+/// Cuts the step's work into runs. `lengths` and `block_table` as in [`Cache`].
 pub fn plan(
     gpu: &Gpu,
     stream: &CudaStream,
     shape: Shape,
     lengths: Span<i32>,
+    block_table: Span<i32>,
     work: Workspace,
     overlap: bool,
 ) -> Result<()> {
@@ -123,21 +133,36 @@ pub fn plan(
         lengths.len() >= shape.batch && shape.batch > 0 && shape.batch <= 8192,
         || format!("{} lengths for {shape:?}", lengths.len()),
     )?;
+    require(
+        "mla_plan",
+        block_table.len() >= shape.batch * shape.max_blocks,
+        || {
+            format!(
+                "{} entries of the block table for {shape:?}",
+                block_table.len()
+            )
+        },
+    )?;
     check_workspace("mla_plan", gpu, shape, work)?;
-    let (from, batch, count) = (lengths.address(), shape.batch as u32, parts as u32);
+    let (from, table) = (lengths.address(), block_table.address());
+    let (max_blocks, batch) = (shape.max_blocks as u32, shape.batch as u32);
+    let (count, rows) = (parts as u32, shape.rows() as u32);
     let (to, pieces) = (work.parts.address(), work.pieces.address());
+    let combine = work.rows.address();
     let launch = Launch {
         shared_bytes: shape.batch * 4,
         ..Launch::new(1, 1024, overlap)
     };
-    // SAFETY: mla_plan(const int*, u32, u32, Part*, int*).
+    // SAFETY: mla_plan(const int*, const int*, u32, u32, u32, u32, Part*, int*, int*).
     unsafe {
         launch.run(
             gpu,
             stream,
             "mla_decode",
             "mla_plan",
-            arguments![from, batch, count, to, pieces],
+            arguments![
+                from, table, max_blocks, batch, count, rows, to, pieces, combine
+            ],
         )
     }
 }
@@ -153,24 +178,6 @@ pub fn decode(
     scale: f32,
     work: Workspace,
     out: Span<u16>,
-    overlap: bool,
-) -> Result<()> {
-    decode_with(
-        gpu, stream, shape, q, cache, scale, work, out, false, overlap,
-    )
-}
-
-/// [`decode`], with (`pair`) or without the CTAs of two row tiles fetching the cache together.
-pub fn decode_with(
-    gpu: &Gpu,
-    stream: &CudaStream,
-    shape: Shape,
-    q: Span<u16>,
-    cache: Cache,
-    scale: f32,
-    work: Workspace,
-    out: Span<u16>,
-    pair: bool,
     overlap: bool,
 ) -> Result<()> {
     const KERNEL: &str = "mla_decode";
@@ -226,9 +233,10 @@ pub fn decode_with(
         block_table: cache.block_table.address(),
         parts: work.parts.address(),
         pieces: work.pieces.address(),
+        rows: work.rows.address(),
         out: out.address(),
         partial: work.partial.address(),
-        lse: work.lse.address(),
+        sums: work.sums.address(),
         batch: shape.batch as u32,
         queries: shape.queries as u32,
         heads: shape.heads as u32,
@@ -236,9 +244,7 @@ pub fn decode_with(
         layer: cache.layer as u32,
         scale: scale * std::f32::consts::LOG2_E,
     };
-    let pair = pair && shape.row_tiles().is_multiple_of(2);
     let launch = Launch {
-        cluster: if pair { 2 } else { 1 },
         // Q, two K blocks, 24 barriers, four exchanges of 64 floats.
         shared_bytes: 3 * 9 * 8192 + 24 * 8 + 4 * 64 * 4,
         ..Launch::new(
@@ -253,18 +259,14 @@ pub fn decode_with(
             gpu,
             stream,
             "mla_decode",
-            if pair {
-                "mla_decode_pair"
-            } else {
-                "mla_decode_one"
-            },
+            KERNEL,
             arguments![q_map, kv_map, args],
         )
     }?;
     let blocks = rows.min(gpu.sms() as usize * 4) as u32;
     // SAFETY: mla_combine(MlaArgs).
     unsafe {
-        Launch::new(blocks, 512, overlap).run(
+        Launch::new(blocks, 256, overlap).run(
             gpu,
             stream,
             "mla_decode",
@@ -275,11 +277,12 @@ pub fn decode_with(
 }
 
 fn check_workspace(kernel: &'static str, gpu: &Gpu, shape: Shape, work: Workspace) -> Result<()> {
-    let lse = shape.lse_len(gpu.sms());
+    let partial = shape.partial_rows(gpu.sms());
     let fits = work.parts.len() >= shape.parts_len(gpu.sms())
         && work.pieces.len() >= shape.pieces_len()
-        && work.lse.len() >= lse
-        && work.partial.len() >= lse * LATENT;
+        && work.rows.len() >= shape.rows_len(gpu.sms())
+        && work.sums.len() >= partial * 4
+        && work.partial.len() >= partial * LATENT;
     require(kernel, fits, || {
         format!("{work:?} is too small for {shape:?}")
     })

@@ -4,17 +4,9 @@ use cudarc::driver::CudaStream;
 
 use super::launch::arguments;
 use super::{Gpu, Launch, Result, Span, require};
+pub use crate::backend::ScaleFormat;
 
 const PROGRAM: &str = "pointwise";
-
-/// How scales are rounded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scale {
-    /// amax / 448.
-    Float,
-    /// The next power of two.
-    PowerOfTwo,
-}
 
 /// Where quantised rows go: E4M3 `[rows][cols]`, scales `[cols / 128][ld]` with `ld` at least the rows.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +18,7 @@ pub struct Quantised {
     /// Distance of two scales of a row.
     pub ld: usize,
     /// Rounding of the scales.
-    pub scale: Scale,
+    pub scale: ScaleFormat,
 }
 
 /// Where a row operation writes: BF16, quantised, or both.
@@ -62,7 +54,7 @@ impl Output {
                 q.data.address(),
                 q.scales.address(),
                 q.ld as u32,
-                u32::from(q.scale == Scale::PowerOfTwo),
+                u32::from(q.scale == ScaleFormat::Ue8m0),
             )
         })
     }

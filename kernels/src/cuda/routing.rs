@@ -1,28 +1,13 @@
-//! The gate's choice, the order of token copies by slot, and moving rows there and back (`routing.cu`).
+//! The gate's choice (experts a multiple of 32 up to 256, groups a power of two up to 32, top-k up to 32), the order of token
+//! copies by slot, and moving rows there and back (`routing.cu`).
 
 use cudarc::driver::CudaStream;
 
 use super::launch::arguments;
 use super::{Gpu, Launch, Result, Span, require};
+pub use crate::backend::GateShape;
 
 const PROGRAM: &str = "routing";
-
-/// The gate's parameters (DeepSeek-V3 report 2.1.2).
-#[derive(Clone, Copy, Debug)]
-pub struct GateShape {
-    /// Routed experts: 32 to 256, a multiple of 32.
-    pub experts: usize,
-    /// Groups of contiguous experts: a power of two up to 32.
-    pub groups: usize,
-    /// Groups kept.
-    pub top_groups: usize,
-    /// Experts chosen for a token, up to 32.
-    pub top_k: usize,
-    /// Factor on the weights.
-    pub scale: f32,
-    /// Divide the chosen scores by their sum.
-    pub normalise: bool,
-}
 
 /// The kernel's `GateArgs`.
 #[repr(C)]
