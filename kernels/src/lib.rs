@@ -5,6 +5,7 @@
 //! lengths and expert counts from device memory, and never copies to the host behind the caller's back.
 
 pub mod backend;
+pub mod cases;
 pub mod cpu;
 pub mod cuda;
 pub mod fp8;

@@ -26,36 +26,21 @@ const SHAPES: [(usize, usize, usize, usize, f64); 14] = [
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (heads, queries, batch, tokens, peer) in SHAPES {
-        for pair in [false, true] {
-            if pair && !(heads * queries).div_ceil(64).is_multiple_of(2) {
-                continue;
-            }
-            let kind = if pair { "pair" } else { "one" };
-            cases.push(Case {
-                name: format!(
-                    "mla decode {kind} heads {heads} queries {queries} batch {batch} x {tokens}"
-                ),
-                peer: Some((peer, "FlashMLA")),
-                bytes: (batch * (tokens * 576 * 2 + queries * heads * (576 + 512) * 2)) as f64,
-                flops: (2 * batch * tokens * queries * heads * (576 + 512)) as f64,
-                run: Box::new(move |h| time(h, heads, queries, batch, tokens, pair)),
-            });
-        }
+        cases.push(Case {
+            name: format!("mla decode heads {heads} queries {queries} batch {batch} x {tokens}"),
+            peer: Some((peer, "FlashMLA")),
+            bytes: (batch * (tokens * 576 * 2 + queries * heads * (576 + 512) * 2)) as f64,
+            flops: (2 * batch * tokens * queries * heads * (576 + 512)) as f64,
+            run: Box::new(move |h| time(h, heads, queries, batch, tokens)),
+        });
     }
     cases
 }
 
-fn time(
-    h: &Harness,
-    heads: usize,
-    queries: usize,
-    batch: usize,
-    tokens: usize,
-    pair: bool,
-) -> Result<Timing> {
+fn time(h: &Harness, heads: usize, queries: usize, batch: usize, tokens: usize) -> Result<Timing> {
     // Layers of one cache as the rotating buffers: 512 MB of it at least.
     let layers = ((512usize << 20) / (batch * tokens * 576 * 2)).clamp(2, 16);
-    let step = Step::new(h, heads, queries, &vec![tokens; batch], layers)?;
+    let step = Step::random(h, heads, queries, batch, tokens, layers)?;
     step.plan(h)?;
-    h.time(12.0, 7, |i| step.decode(h, i % layers, pair, true))
+    h.time(12.0, 7, |i| step.decode(h, i % layers, true))
 }

@@ -1,15 +1,15 @@
 //! The steps between the products, the gate, sampling and MLA prefill.
 
 use cudarc::driver::CudaSlice;
-use kernels::cuda::pointwise::{self, Output, Quantised, Scale};
+use kernels::cuda::pointwise::{self, Output, Quantised, ScaleFormat};
 use kernels::cuda::probe::Kind;
 use kernels::cuda::routing;
 use kernels::cuda::sampling::{self, Choice};
 
 use super::Case;
 use crate::check::prefill::Step;
-use crate::check::routing::V3;
 use crate::harness::{Harness, Result, Timing};
+use kernels::cases::moe::V3;
 
 /// All cases. Peers: own Triton kernels for the fused rows, FlashAttention-3 for prefill.
 pub(crate) fn cases() -> Vec<Case> {
@@ -76,7 +76,7 @@ pub(crate) fn cases() -> Vec<Case> {
         let flops = (batch * heads * tokens) as f64 * tokens as f64 * 320.0;
         let bytes = batch * heads * tokens * (192 + 256 + 128) * 2;
         let run = Box::new(move |h: &Harness| {
-            let step = Step::new(h, heads, &vec![(tokens, tokens); batch])?;
+            let step = Step::random(h, heads, &vec![(tokens, tokens); batch])?;
             h.time(12.0, 7, |_| step.attend(h, true))
         });
         row(
@@ -109,7 +109,7 @@ fn quantised(h: &Harness, data: &CudaSlice<u8>, scales: &CudaSlice<f32>, rows: u
         data: h.span(data),
         scales: h.span(scales),
         ld,
-        scale: Scale::Float,
+        scale: ScaleFormat::F32,
     }
 }
 

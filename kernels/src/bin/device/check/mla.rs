@@ -1,62 +1,36 @@
 //! MLA decode.
 
 use cudarc::driver::CudaSlice;
+use kernels::cases::attention::{Absorbed, SCALE};
+use kernels::cases::floats;
 use kernels::cuda::mla::{self, BLOCK, Cache, LATENT, Shape, WIDTH, Workspace};
 use kernels::cuda::probe::Kind;
 
-use super::gemm::sample;
-use super::{Case, Found};
+use super::{Case, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random, bf16};
-
-/// BF16 probabilities and output.
-const BOUND: f64 = 5e-3;
-/// DeepSeek-V3's softmax scale.
-pub(crate) const SCALE: f32 = 0.135_233_78;
+use crate::reference::Random;
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for heads in [128usize, 64, 32, 16] {
         for queries in [1usize, 2, 4] {
-            for (name, lengths) in lengths() {
-                for pair in [false, true] {
-                    let (kind, lengths) = (if pair { "pair" } else { "one" }, lengths.clone());
-                    // A pair shares the cache between two tiles of 64 query rows.
-                    if !pair || (heads * queries).div_ceil(64).is_multiple_of(2) {
-                        cases.push(Case::new(
-                            format!("mla_decode {kind} heads {heads} queries {queries} {name}"),
-                            move |h| decode(h, heads, queries, &lengths, pair),
-                        ));
-                    }
-                }
+            for (name, lengths) in Absorbed::lengths() {
+                cases.push(Case::shared(
+                    format!("mla_decode heads {heads} queries {queries} {name}"),
+                    move || Absorbed::new(heads, queries, lengths.clone()),
+                    decode,
+                ));
             }
         }
     }
     cases
 }
 
-fn lengths() -> [(&'static str, Vec<usize>); 6] {
-    let mut random = Random(3);
-    [
-        ("one token beyond the queries", vec![5]),
-        ("block edges", vec![4, 63, 64, 65, 127, 128, 129, 192]),
-        ("one long", vec![8192]),
-        ("four long", vec![4096, 4000, 3999, 64]),
-        ("an empty one", vec![100, 0, 700]),
-        (
-            "more than parts",
-            (0..150).map(|_| 4 + random.below(600)).collect(),
-        ),
-    ]
-}
-
 /// Buffers of a decode step.
 pub(crate) struct Step {
-    /// Its shape.
-    pub(crate) shape: Shape,
-    /// Queries.
-    pub(crate) q: CudaSlice<u16>,
+    shape: Shape,
+    q: CudaSlice<u16>,
     cache: CudaSlice<u16>,
     blocks: usize,
     layers: usize,
@@ -64,68 +38,67 @@ pub(crate) struct Step {
     table: CudaSlice<i32>,
     parts: CudaSlice<i32>,
     pieces: CudaSlice<i32>,
-    partial: CudaSlice<f32>,
-    lse: CudaSlice<f32>,
-    /// Output.
-    pub(crate) out: CudaSlice<u16>,
-    host_table: Vec<i32>,
+    rows: CudaSlice<i32>,
+    partial: CudaSlice<u16>,
+    sums: CudaSlice<f32>,
+    out: CudaSlice<u16>,
 }
 
 impl Step {
-    /// Random queries and cache; blocks in random order.
-    pub(crate) fn new(
+    /// Buffers for sequences of `lengths` with `table` of `max_blocks` entries a row, and undefined queries and cache.
+    fn new(
         h: &Harness,
         heads: usize,
         queries: usize,
         lengths: &[usize],
-        layers: usize,
+        table: &[i32],
+        (blocks, layers): (usize, usize),
+        (q, cache): (CudaSlice<u16>, CudaSlice<u16>),
     ) -> Result<Self> {
-        let max_blocks = lengths
-            .iter()
-            .map(|l| l.div_ceil(BLOCK))
-            .max()
-            .unwrap_or(0)
-            .max(1);
         let shape = Shape {
             batch: lengths.len(),
             queries,
             heads,
-            max_blocks,
+            max_blocks: table.len() / lengths.len(),
         };
-        let blocks: usize = lengths.iter().map(|l| l.div_ceil(BLOCK)).sum::<usize>() + 3;
-        let mut order: Vec<i32> = (0..blocks as i32).collect();
-        let mut random = Random(11);
-        for i in (1..order.len()).rev() {
-            order.swap(i, random.below(i + 1));
-        }
-        let mut host_table = vec![0; shape.batch * max_blocks];
-        let mut next = order.into_iter();
-        for (s, length) in lengths.iter().enumerate() {
-            for (entry, block) in host_table[s * max_blocks..]
-                .iter_mut()
-                .zip((&mut next).take(length.div_ceil(BLOCK)))
-            {
-                *entry = block;
-            }
-        }
-        let rows = shape.batch * queries * heads;
         let sms = h.gpu.sms();
         let host_lengths: Vec<i32> = lengths.iter().map(|&l| l as i32).collect();
         Ok(Self {
             shape,
-            q: h.random(rows * WIDTH, Kind::Bf16Normal, 1.0, 1)?,
-            cache: h.random(blocks * layers * BLOCK * WIDTH, Kind::Bf16Normal, 0.5, 2)?,
+            q,
+            cache,
             blocks,
             layers,
             lengths: h.upload(&host_lengths)?,
-            table: h.upload(&host_table)?,
+            table: h.upload(table)?,
             parts: h.poisoned(shape.parts_len(sms))?,
             pieces: h.poisoned(shape.pieces_len())?,
-            partial: h.poisoned(shape.lse_len(sms) * LATENT)?,
-            lse: h.poisoned(shape.lse_len(sms))?,
-            out: h.poisoned(rows * LATENT)?,
-            host_table,
+            rows: h.poisoned(shape.rows_len(sms))?,
+            partial: h.poisoned(shape.partial_rows(sms) * LATENT)?,
+            sums: h.poisoned(shape.partial_rows(sms) * 4)?,
+            out: h.poisoned(shape.batch * queries * heads * LATENT)?,
         })
+    }
+
+    /// Random queries and a random cache of `layers` layers made on the device; blocks in random order.
+    pub(crate) fn random(
+        h: &Harness,
+        heads: usize,
+        queries: usize,
+        batch: usize,
+        tokens: usize,
+        layers: usize,
+    ) -> Result<Self> {
+        let blocks = batch * tokens.div_ceil(BLOCK);
+        let table = Random(11).order(blocks);
+        let cache = blocks * layers * BLOCK * WIDTH;
+        let contents = (
+            h.random(batch * queries * heads * WIDTH, Kind::Bf16Normal, 1.0, 1)?,
+            h.random(cache, Kind::Bf16Normal, 0.5, 2)?,
+        );
+        let lengths = vec![tokens; batch];
+        let cache = (blocks, layers);
+        Self::new(h, heads, queries, &lengths, &table, cache, contents)
     }
 
     /// The workspace.
@@ -133,8 +106,9 @@ impl Step {
         Workspace {
             parts: h.span(&self.parts),
             pieces: h.span(&self.pieces),
+            rows: h.span(&self.rows),
             partial: h.span(&self.partial),
-            lse: h.span(&self.lse),
+            sums: h.span(&self.sums),
         }
     }
 
@@ -145,19 +119,14 @@ impl Step {
             &h.stream,
             self.shape,
             h.span(&self.lengths),
+            h.span(&self.table),
             self.work(h),
             false,
         )?)
     }
 
     /// Attends in `layer`.
-    pub(crate) fn decode(
-        &self,
-        h: &Harness,
-        layer: usize,
-        pair: bool,
-        overlap: bool,
-    ) -> Result<()> {
+    pub(crate) fn decode(&self, h: &Harness, layer: usize, overlap: bool) -> Result<()> {
         let cache = Cache {
             data: h.span(&self.cache),
             blocks: self.blocks,
@@ -167,7 +136,7 @@ impl Step {
             block_table: h.span(&self.table),
         };
         let (q, out) = (h.span(&self.q), h.span(&self.out));
-        Ok(mla::decode_with(
+        Ok(mla::decode(
             &h.gpu,
             &h.stream,
             self.shape,
@@ -176,90 +145,40 @@ impl Step {
             SCALE,
             self.work(h),
             out,
-            pair,
             overlap,
         )?)
     }
 }
 
-fn decode(
-    h: &Harness,
-    heads: usize,
-    queries: usize,
-    lengths: &[usize],
-    pair: bool,
-) -> Result<Found> {
-    let (layers, layer) = (2, 1);
-    let step = Step::new(h, heads, queries, lengths, layers)?;
-    // What lies behind the last token of each sequence must not matter, whatever it is.
-    let mut cache = h.download(&step.cache)?;
-    for (s, &length) in lengths.iter().enumerate() {
-        if length % BLOCK != 0 {
-            let block = step.host_table[s * step.shape.max_blocks + length / BLOCK] as usize;
-            let first = ((block * layers + layer) * BLOCK + length % BLOCK) * WIDTH;
-            let end = (block * layers + layer + 1) * BLOCK * WIDTH;
-            cache[first..end].fill(0x7fc0);
-        }
-    }
-    let step = Step {
-        cache: h.upload(&cache)?,
-        ..step
-    };
+fn decode(h: &Harness, case: &Absorbed) -> Result<Ran<Vec<f32>>> {
+    let contents = (h.upload(&case.q)?, h.upload(&case.cache)?);
+    let step = Step::new(
+        h,
+        case.heads,
+        case.queries,
+        &case.lengths,
+        &case.table,
+        (case.blocks, Absorbed::LAYERS),
+        contents,
+    )?;
     let mut digests = [0; 2];
     for digest in &mut digests {
         h.poison(&step.out)?;
         h.poison(&step.parts)?;
         step.plan(h)?;
-        step.decode(h, layer, pair, false)?;
+        step.decode(h, Absorbed::LAYER, false)?;
         *digest = h.digest(&step.out)?;
     }
-    let (q, out) = (h.download(&step.q)?, h.download(&step.out)?);
-    let rows = queries * heads;
-    let mut error = Error::default();
-    let mut wrong = 0;
-    let mut random = Random(5);
-    for s in sample(&mut random, lengths.len(), 10) {
-        let key = |token: usize| {
-            let block = step.host_table[s * step.shape.max_blocks + token / BLOCK] as usize;
-            &cache[((block * layers + layer) * BLOCK + token % BLOCK) * WIDTH..][..WIDTH]
-        };
-        for r in sample(&mut random, rows, 5) {
-            let out = &out[(s * rows + r) * LATENT..][..LATENT];
-            if lengths[s] == 0 {
-                wrong += usize::from(out.iter().any(|&v| v != 0xffff));
-                continue;
-            }
-            let q: Vec<f64> = q[(s * rows + r) * WIDTH..][..WIDTH]
-                .iter()
-                .map(|&v| bf16(v))
-                .collect();
-            let visible = lengths[s] + 1 + r / heads - queries;
-            for (o, reference) in out.iter().zip(attend(&q, visible, f64::from(SCALE), key)) {
-                error.add(bf16(*o), reference);
-            }
-        }
-        let written = &out[s * rows * LATENT..][..rows * LATENT];
-        wrong += written
-            .iter()
-            .filter(|&&v| (v == 0xffff) != (lengths[s] == 0))
-            .count();
-    }
-    Ok(Found::new(&error, BOUND, digests[0] == digests[1], wrong))
-}
-
-fn attend<'a>(q: &[f64], visible: usize, scale: f64, key: impl Fn(usize) -> &'a [u16]) -> Vec<f64> {
-    let scores: Vec<f64> = (0..visible)
-        .map(|t| scale * q.iter().zip(key(t)).map(|(a, &b)| a * bf16(b)).sum::<f64>())
-        .collect();
-    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let mut out = vec![0.0; LATENT];
-    let mut total = 0.0;
-    for (t, score) in scores.iter().enumerate() {
-        let p = (score - top).exp();
-        total += p;
-        for (o, &v) in out.iter_mut().zip(key(t)) {
-            *o += p * bf16(v);
-        }
-    }
-    out.iter().map(|o| o / total).collect()
+    let out = h.download(&step.out)?;
+    let rows = case.queries * case.heads * LATENT;
+    let wrong = out
+        .iter()
+        .enumerate()
+        .filter(|(i, v)| (**v == 0xffff) != (case.lengths[i / rows] == 0))
+        .count();
+    Ok(Ran {
+        out: floats(&out),
+        repeats: digests[0] == digests[1],
+        wrong,
+    })
 }

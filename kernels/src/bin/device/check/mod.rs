@@ -1,4 +1,4 @@
-//! Every kernel against float64.
+//! Every kernel against float64, and beside the CPU backend where it has the operation.
 
 mod blas;
 mod gemm;
@@ -8,8 +8,14 @@ pub(crate) mod prefill;
 pub(crate) mod routing;
 mod sampling;
 
+use kernels::cases::{Judged, Operation};
+use kernels::cpu::Cpu;
+
 use crate::harness::{Harness, Result};
 use crate::reference::Error;
+
+/// Operations of the largest case that the CPU is given too.
+const CPU_WORK: f64 = 2e10;
 
 /// What a case found.
 #[derive(Debug)]
@@ -22,6 +28,8 @@ pub(crate) struct Found {
     pub(crate) repeats: bool,
     /// Elements that should have been written and were not, or the other way round; wrong choices; and the like.
     pub(crate) wrong: usize,
+    /// The CPU backend's error against the same float64 results, and whether it is within its own bound with nothing wrong.
+    cpu: Option<(f64, bool)>,
 }
 
 impl Found {
@@ -32,12 +40,24 @@ impl Found {
             bound,
             repeats,
             wrong,
+            cpu: None,
         }
     }
 
     fn is_right(&self) -> bool {
-        self.error <= self.bound && self.repeats && self.wrong == 0
+        let cpu = self.cpu.is_none_or(|(_, right)| right);
+        self.error <= self.bound && self.repeats && self.wrong == 0 && cpu
     }
+}
+
+/// What a kernel left.
+pub(crate) struct Ran<T> {
+    /// As every backend's is judged.
+    pub(crate) out: T,
+    /// Two runs gave the same bits.
+    pub(crate) repeats: bool,
+    /// Elements touched that should not have been, or the other way round.
+    pub(crate) wrong: usize,
 }
 
 type Run = Box<dyn Fn(&Harness) -> Result<Found>>;
@@ -56,6 +76,33 @@ impl Case {
             run: Box::new(run),
         }
     }
+
+    /// A case of the list that the CPU backend is checked with too; `inputs` makes it, `gpu` computes it.
+    pub(crate) fn shared<O: Operation>(
+        name: String,
+        inputs: impl Fn() -> O + 'static,
+        gpu: impl Fn(&Harness, &O) -> Result<Ran<O::Out>> + 'static,
+    ) -> Self {
+        Self::new(name, move |h| {
+            let case = inputs();
+            let ran = gpu(h, &case)?;
+            let Judged { error, wrong } = case.judge(&ran.out);
+            let mut cpu = None;
+            if case.work() < CPU_WORK {
+                let threads = std::thread::available_parallelism()?.get();
+                let judged = case.judge(&case.cpu(&Cpu::new(threads))?);
+                let right = judged.error <= O::CPU_BOUND && judged.wrong == 0;
+                cpu = Some((judged.error, right));
+            }
+            Ok(Found {
+                error,
+                bound: O::BOUND,
+                repeats: ran.repeats,
+                wrong: wrong + ran.wrong,
+                cpu,
+            })
+        })
+    }
 }
 
 /// Runs the cases whose name contains `filter`; true when all are right.
@@ -63,8 +110,8 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> bool {
     let mut right = true;
     let mut count = 0;
     println!(
-        "{:<64} {:>10} {:>8} {:>7} {:>6}",
-        "case", "error", "bound", "repeats", "wrong"
+        "{:<64} {:>10} {:>8} {:>10} {:>7} {:>6}",
+        "case", "error", "bound", "CPU error", "repeats", "wrong"
     );
     let cases = gemm::cases()
         .into_iter()
@@ -86,10 +133,13 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> bool {
         };
         right &= found.is_right();
         println!(
-            "{:<64} {:>10.2e} {:>8.0e} {:>7} {:>6} {}",
+            "{:<64} {:>10.2e} {:>8.0e} {:>10} {:>7} {:>6} {}",
             case.name,
             found.error,
             found.bound,
+            found
+                .cpu
+                .map_or("-".into(), |(error, _)| format!("{error:.2e}")),
             if found.repeats { "yes" } else { "NO" },
             found.wrong,
             if found.is_right() { "right" } else { "WRONG" }

@@ -1,67 +1,56 @@
 //! Norms, activations, quantising, rotary embedding, cache writes and row moves.
 
 use cudarc::driver::CudaSlice;
-use kernels::cuda::pointwise::{self, CacheInputs, HeadColumns, Output, Quantised, Scale};
+use kernels::cases::cache::{CacheWrite, Rope, table as rotary_table};
+use kernels::cases::floats;
+use kernels::cases::rows::{AddNorm, EPS, Normed, Quantise, Rows, Swiglu};
+use kernels::cuda::pointwise::{self, CacheInputs, HeadColumns, Output, Quantised, ScaleFormat};
 use kernels::cuda::probe::Kind;
 use kernels::cuda::rows;
-use kernels::fp8;
 
-use super::{Case, Found};
+use super::{Case, Found, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random, bf16, e4m3};
-
-/// One rounding to BF16.
-const BOUND: f64 = 3e-3;
-const EPS: f32 = 1e-6;
+use crate::reference::{Error, Random, e4m3};
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for scale in [Scale::Float, Scale::PowerOfTwo] {
-        for (rows, cols, delta) in [
-            (1, 7168, true),
-            (64, 7168, true),
-            (130, 7168, false),
-            (33, 1536, false),
-            (7, 128, true),
-            (5, 8192, true),
-        ] {
-            cases.push(Case::new(
-                format!("add_norm rows {rows} cols {cols} delta {delta} {scale:?}"),
-                move |h| add_norm(h, rows, cols, delta, scale),
-            ));
-        }
-        for (rows, cols, masked) in [
-            (1, 2048, false),
-            (128, 2048, false),
-            (96, 2048, true),
-            (9, 18432, false),
-            (3, 128, false),
-        ] {
-            cases.push(Case::new(
-                format!("swiglu rows {rows} cols {cols} masked {masked} {scale:?}"),
-                move |h| swiglu(h, rows, cols, masked, scale),
-            ));
-        }
-        for (rows, cols) in [(1, 16384), (77, 1536)] {
-            cases.push(Case::new(
-                format!("quantise rows {rows} cols {cols} {scale:?}"),
-                move |h| quantise(h, rows, cols, scale),
-            ));
-        }
+    for (rows, cols, delta, format) in AddNorm::list() {
+        cases.push(Case::shared(
+            format!("add_norm rows {rows} cols {cols} delta {delta} {format:?}"),
+            move || AddNorm::new(rows, cols, delta, format),
+            add_norm,
+        ));
+    }
+    for (rows, cols, masked, format) in Swiglu::list() {
+        cases.push(Case::shared(
+            format!("swiglu rows {rows} cols {cols} masked {masked} {format:?}"),
+            move || Swiglu::new(rows, cols, masked, format),
+            swiglu,
+        ));
+    }
+    for (rows, cols, format) in Quantise::list() {
+        cases.push(Case::shared(
+            format!("quantise rows {rows} cols {cols} {format:?}"),
+            move || Quantise::new(rows, cols, format),
+            quantise,
+        ));
     }
     cases.push(Case::new(
         "quantise NaN and infinity show".into(),
         quantise_broken,
     ));
-    for (rows, heads) in [(1, 128), (37, 16)] {
-        cases.push(Case::new(
+    for (rows, heads) in Rope::SIZES {
+        cases.push(Case::shared(
             format!("rope rows {rows} heads {heads}"),
-            move |h| rope(h, rows, heads),
+            move || Rope::new(rows, heads),
+            rope,
         ));
-        cases.push(Case::new(format!("cache_write rows {rows}"), move |h| {
-            cache_write(h, rows)
-        }));
+        cases.push(Case::shared(
+            format!("cache_write rows {rows}"),
+            move || CacheWrite::new(rows),
+            cache_write,
+        ));
         cases.push(Case::new(format!("gather scatter rows {rows}"), move |h| {
             row_moves(h, rows)
         }));
@@ -69,10 +58,13 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Device memory of a quantised output with scales at a pitch of its own.
+/// Device memory of an operation's output, with scales at a pitch of their own.
 struct Target {
+    plain: CudaSlice<u16>,
     data: CudaSlice<u8>,
     scales: CudaSlice<f32>,
+    rows: usize,
+    cols: usize,
     ld: usize,
 }
 
@@ -80,13 +72,16 @@ impl Target {
     fn new(h: &Harness, rows: usize, cols: usize) -> Result<Self> {
         let ld = rows.next_multiple_of(4) + 4;
         Ok(Self {
+            plain: h.poisoned(rows * cols)?,
             data: h.poisoned(rows * cols)?,
             scales: h.poisoned(cols / 128 * ld)?,
+            rows,
+            cols,
             ld,
         })
     }
 
-    fn spans(&self, h: &Harness, scale: Scale) -> Quantised {
+    fn quantised(&self, h: &Harness, scale: ScaleFormat) -> Quantised {
         Quantised {
             data: h.span(&self.data),
             scales: h.span(&self.scales),
@@ -95,171 +90,124 @@ impl Target {
         }
     }
 
-    /// Bytes and scales that differ from quantising `plain` on the host. `rows` says which rows count.
-    fn differences(
-        &self,
-        h: &Harness,
-        plain: &[u16],
-        cols: usize,
-        scale: Scale,
-        rows: impl Iterator<Item = usize>,
-    ) -> Result<usize> {
-        let (data, scales) = (h.download(&self.data)?, h.download(&self.scales)?);
-        let mut wrong = 0;
-        for row in rows {
-            for block in 0..cols / 128 {
-                let at = row * cols + block * 128;
-                let x: Vec<f32> = plain[at..at + 128]
-                    .iter()
-                    .map(|&v| bf16(v) as f32)
-                    .collect();
-                let amax = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                let s = if scale == Scale::Float {
-                    fp8::scale(amax)
-                } else {
-                    fp8::scale_ue8m0(amax)
-                };
-                wrong += usize::from(scales[block * self.ld + row] != s);
-                wrong += (0..128)
-                    .filter(|&i| data[at + i] != fp8::encode(x[i] / s))
-                    .count();
-            }
+    fn output(&self, h: &Harness, scale: ScaleFormat) -> Output {
+        Output {
+            plain: Some(h.span(&self.plain)),
+            quantised: Some(self.quantised(h, scale)),
         }
-        Ok(wrong)
+    }
+
+    /// What was written, the scales row by row.
+    fn rows(&self, h: &Harness) -> Result<Rows> {
+        let scales = h.download(&self.scales)?;
+        let blocks = self.cols / 128;
+        let scale = |at: usize| scales[at % blocks * self.ld + at / blocks];
+        Ok(Rows {
+            plain: floats(&h.download(&self.plain)?),
+            data: h.download(&self.data)?,
+            scales: (0..self.rows * blocks).map(scale).collect(),
+        })
     }
 }
 
-fn add_norm(
-    h: &Harness,
-    rows: usize,
-    cols: usize,
-    with_delta: bool,
-    scale: Scale,
-) -> Result<Found> {
+fn add_norm(h: &Harness, case: &AddNorm) -> Result<Ran<Normed>> {
+    let (rows, cols) = (case.rows, case.cols);
     let ld = cols + 64;
-    let before = h.random::<u16>(rows * ld, Kind::Bf16Normal, 2.0, 1)?;
-    let delta = h.random::<u16>(rows * cols, Kind::Bf16Normal, 1.0, 2)?;
-    let weight = h.random::<f32>(cols, Kind::F32Scale, 1.0, 3)?;
-    let (plain, target) = (h.poisoned::<u16>(rows * cols)?, Target::new(h, rows, cols)?);
-    let host_before = h.download(&before)?;
+    let mut before = vec![0x7fc0u16; rows * ld];
+    for (to, from) in before
+        .chunks_exact_mut(ld)
+        .zip(case.residual.chunks_exact(cols))
+    {
+        to[..cols].copy_from_slice(from);
+    }
+    let delta = case.delta.as_ref().map(|d| h.upload(d)).transpose()?;
+    let (weight, target) = (h.upload(&case.weight)?, Target::new(h, rows, cols)?);
     let mut digests = [0; 2];
-    let mut residual = h.upload(&host_before)?;
+    let mut after = Vec::new();
     for digest in &mut digests {
-        residual = h.upload(&host_before)?;
-        let out = Output {
-            plain: Some(h.span(&plain)),
-            quantised: Some(target.spans(h, scale)),
-        };
-        let delta = with_delta.then(|| h.span(&delta));
+        let residual = h.upload(&before)?;
         pointwise::add_norm(
             &h.gpu,
             &h.stream,
             h.span(&residual),
             ld,
-            delta,
+            delta.as_ref().map(|d| h.span(d)),
             h.span(&weight),
             EPS,
             rows,
             cols,
-            out,
+            target.output(h, case.format),
             false,
         )?;
-        *digest = h.digest(&plain)?;
+        *digest = h.digest(&target.plain)?;
+        after = h.download(&residual)?;
     }
-    let (delta, weight) = (h.download(&delta)?, h.download(&weight)?);
-    let (after, plain) = (h.download(&residual)?, h.download(&plain)?);
-    let mut error = Error::default();
-    let mut wrong = 0;
-    for r in 0..rows {
-        let sums: Vec<f64> = (0..cols)
-            .map(|c| {
-                let sum = bf16(host_before[r * ld + c])
-                    + if with_delta {
-                        bf16(delta[r * cols + c])
-                    } else {
-                        0.0
-                    };
-                error.add(bf16(after[r * ld + c]), sum);
-                bf16(after[r * ld + c])
-            })
-            .collect();
-        wrong += (cols..ld)
-            .filter(|&c| after[r * ld + c] != host_before[r * ld + c])
-            .count();
-        let mean = sums.iter().map(|s| s * s).sum::<f64>() / cols as f64;
-        for c in 0..cols {
-            error.add(
-                bf16(plain[r * cols + c]),
-                sums[c] / (mean + f64::from(EPS)).sqrt() * f64::from(weight[c]),
-            );
-        }
-    }
-    wrong += target.differences(h, &plain, cols, scale, 0..rows)?;
-    Ok(Found::new(&error, BOUND, digests[0] == digests[1], wrong))
+    let residual: Vec<u16> = after
+        .chunks_exact(ld)
+        .flat_map(|row| row[..cols].iter().copied())
+        .collect();
+    let beside = after.chunks_exact(ld).flat_map(|row| &row[cols..]);
+    Ok(Ran {
+        out: Normed {
+            residual: floats(&residual),
+            out: target.rows(h)?,
+        },
+        repeats: digests[0] == digests[1],
+        wrong: beside.filter(|&&v| v != 0x7fc0).count(),
+    })
 }
 
-fn swiglu(h: &Harness, rows: usize, cols: usize, masked: bool, scale: Scale) -> Result<Found> {
-    const GROUP: usize = 24;
-    let x = h.random::<u16>(rows * 2 * cols, Kind::Bf16Normal, 2.0, 1)?;
-    let (plain, target) = (h.poisoned::<u16>(rows * cols)?, Target::new(h, rows, cols)?);
-    let counts: Vec<i32> = (0..rows.div_ceil(GROUP))
-        .map(|g| [24, 0, 1, 13][g % 4])
-        .collect();
-    let device_counts = h.upload(&counts)?;
-    let used = |r: &usize| !masked || r % GROUP < counts[r / GROUP] as usize;
+fn swiglu(h: &Harness, case: &Swiglu) -> Result<Ran<Rows>> {
+    let x = h.upload(&case.x)?;
+    let counts = case.counts.as_ref().map(|c| h.upload(c)).transpose()?;
+    let target = Target::new(h, case.rows, case.cols)?;
     let mut digests = [0; 2];
     for digest in &mut digests {
-        h.poison(&plain)?;
-        let out = Output {
-            plain: Some(h.span(&plain)),
-            quantised: Some(target.spans(h, scale)),
-        };
-        let masked = masked.then(|| (h.span(&device_counts), GROUP));
+        h.poison(&target.plain)?;
         pointwise::swiglu(
             &h.gpu,
             &h.stream,
             h.span(&x),
-            rows,
-            cols,
-            masked,
-            out,
+            case.rows,
+            case.cols,
+            counts.as_ref().map(|c| (h.span(c), Swiglu::GROUP)),
+            target.output(h, case.format),
             false,
         )?;
-        *digest = h.digest(&plain)?;
+        *digest = h.digest(&target.plain)?;
     }
-    let (x, plain) = (h.download(&x)?, h.download(&plain)?);
-    let mut error = Error::default();
-    let mut wrong = 0;
-    for r in 0..rows {
-        for c in 0..cols {
-            let out = plain[r * cols + c];
-            if used(&r) {
-                let (gate, up) = (bf16(x[r * 2 * cols + c]), bf16(x[r * 2 * cols + cols + c]));
-                error.add(bf16(out), gate / (1.0 + (-gate).exp()) * up);
-            } else {
-                wrong += usize::from(out != 0xffff);
-            }
-        }
-    }
-    wrong += target.differences(h, &plain, cols, scale, (0..rows).filter(used))?;
-    Ok(Found::new(&error, BOUND, digests[0] == digests[1], wrong))
+    let plain = h.download(&target.plain)?;
+    let wrong = (0..plain.len())
+        .filter(|i| (plain[*i] == 0xffff) == case.used(i / case.cols))
+        .count();
+    Ok(Ran {
+        out: target.rows(h)?,
+        repeats: digests[0] == digests[1],
+        wrong,
+    })
 }
 
-fn quantise(h: &Harness, rows: usize, cols: usize, scale: Scale) -> Result<Found> {
-    let x = h.random::<u16>(rows * cols, Kind::Bf16Normal, 3.0, 1)?;
-    let target = Target::new(h, rows, cols)?;
+fn quantise(h: &Harness, case: &Quantise) -> Result<Ran<Rows>> {
+    let x = h.upload(&case.x)?;
+    let target = Target::new(h, case.rows, case.cols)?;
     pointwise::quantise(
         &h.gpu,
         &h.stream,
         h.span(&x),
-        rows,
-        cols,
-        target.spans(h, scale),
+        case.rows,
+        case.cols,
+        target.quantised(h, case.format),
         false,
     )?;
-    let x = h.download(&x)?;
-    let wrong = target.differences(h, &x, cols, scale, 0..rows)?;
-    Ok(Found::new(&Error::default(), 0.0, true, wrong))
+    let out = Rows {
+        plain: floats(&case.x),
+        ..target.rows(h)?
+    };
+    Ok(Ran {
+        out,
+        repeats: true,
+        wrong: 0,
+    })
 }
 
 fn quantise_broken(h: &Harness) -> Result<Found> {
@@ -273,7 +221,7 @@ fn quantise_broken(h: &Harness) -> Result<Found> {
         h.span(&x),
         3,
         256,
-        target.spans(h, Scale::Float),
+        target.quantised(h, ScaleFormat::F32),
         false,
     )?;
     let (data, scales) = (h.download(&target.data)?, h.download(&target.scales)?);
@@ -291,40 +239,10 @@ fn quantise_broken(h: &Harness) -> Result<Found> {
     ))
 }
 
-/// Cosines and sines of DeepSeek-V3's first frequencies, without YaRN.
-fn table(positions: usize) -> Vec<f32> {
-    let entry = |p: usize, i: usize| {
-        let angle = p as f64 * 10_000f64.powf(-((i / 2 * 2) as f64) / 64.0);
-        (if i.is_multiple_of(2) {
-            angle.cos()
-        } else {
-            angle.sin()
-        }) as f32
-    };
-    (0..positions * 64)
-        .map(|at| entry(at / 64, at % 64))
-        .collect()
-}
-
-fn rotated(x: &[u16], turn: &[f32], i: usize) -> f64 {
-    let (a, b) = (bf16(x[i / 2 * 2]), bf16(x[i / 2 * 2 + 1]));
-    let (cos, sin) = (f64::from(turn[i / 2 * 2]), f64::from(turn[i / 2 * 2 + 1]));
-    if i.is_multiple_of(2) {
-        a * cos - b * sin
-    } else {
-        a * sin + b * cos
-    }
-}
-
-fn rope(h: &Harness, rows: usize, heads: usize) -> Result<Found> {
-    const POSITIONS: usize = 500;
-    let mut random = Random(6);
-    let table = table(POSITIONS);
-    let positions: Vec<i32> = (0..rows).map(|_| random.below(POSITIONS) as i32).collect();
-    let q = h.random::<u16>(rows * heads * 192, Kind::Bf16Normal, 1.0, 1)?;
-    let before = h.download(&q)?;
-    let to = h.poisoned::<u16>(rows * heads * 576)?;
-    let (device_table, device_positions) = (h.upload(&table)?, h.upload(&positions)?);
+fn rope(h: &Harness, case: &Rope) -> Result<Ran<Vec<f32>>> {
+    let (rows, heads) = (case.rows, case.heads);
+    let (q, to) = (h.upload(&case.q)?, h.poisoned::<u16>(rows * heads * 576)?);
+    let (table, positions) = (h.upload(&rotary_table())?, h.upload(&case.positions)?);
     let from = HeadColumns {
         data: h.span(&q),
         width: 192,
@@ -336,98 +254,58 @@ fn rope(h: &Harness, rows: usize, heads: usize) -> Result<Found> {
         first: 512,
     };
     for target in [absorbed, from] {
-        let (table, positions) = (h.span(&device_table), h.span(&device_positions));
+        let (table, positions) = (h.span(&table), h.span(&positions));
         pointwise::rope(
             &h.gpu, &h.stream, from, target, table, positions, rows, heads, 64, false,
         )?;
     }
     let (q, to) = (h.download(&q)?, h.download(&to)?);
-    let mut error = Error::default();
     let mut wrong = 0;
-    for head in 0..rows * heads {
-        let turn = &table[positions[head / heads] as usize * 64..][..64];
-        wrong += (0..128)
-            .filter(|c| q[head * 192 + c] != before[head * 192 + c])
-            .count();
-        wrong += (0..512).filter(|c| to[head * 576 + c] != 0xffff).count();
-        for i in 0..64 {
-            error.add(
-                bf16(q[head * 192 + 128 + i]),
-                rotated(&before[head * 192 + 128..], turn, i),
-            );
-            wrong += usize::from(to[head * 576 + 512 + i] != q[head * 192 + 128 + i]);
-        }
+    for (q, to) in q.chunks_exact(192).zip(to.chunks_exact(576)) {
+        wrong += to[..512].iter().filter(|&&v| v != 0xffff).count();
+        wrong += usize::from(to[512..] != q[128..]);
     }
-    Ok(Found::new(&error, BOUND, true, wrong))
+    Ok(Ran {
+        out: floats(&q),
+        repeats: true,
+        wrong,
+    })
 }
 
-fn cache_write(h: &Harness, rows: usize) -> Result<Found> {
-    const POSITIONS: usize = 500;
-    let (blocks, layers, layer, ld) = (4, 3, 1, 2112);
-    let mut random = Random(7);
-    let table = table(POSITIONS);
-    let positions: Vec<i32> = (0..rows).map(|_| random.below(POSITIONS) as i32).collect();
-    let slots: Vec<i32> = (0..rows)
-        .map(|r| {
-            if r == 3 {
-                -1
-            } else {
-                ((r * 7) % (blocks * 64)) as i32
-            }
-        })
-        .collect();
-    let kv = h.random::<u16>(rows * ld, Kind::Bf16Normal, 1.5, 1)?;
-    let weight = h.random::<f32>(512, Kind::F32Scale, 1.0, 2)?;
-    let cache = h.poisoned::<u16>(blocks * layers * 64 * 576)?;
-    let (device_table, device_positions, device_slots) =
-        (h.upload(&table)?, h.upload(&positions)?, h.upload(&slots)?);
+fn cache_write(h: &Harness, case: &CacheWrite) -> Result<Ran<Vec<u16>>> {
+    let cache = h.poisoned::<u16>(CacheWrite::BLOCKS * CacheWrite::LAYERS * 64 * 576)?;
+    let (kv, weight, table) = (
+        h.upload(&case.kv)?,
+        h.upload(&case.weight)?,
+        h.upload(&rotary_table())?,
+    );
+    let (positions, slots) = (h.upload(&case.positions)?, h.upload(&case.slots)?);
     let inputs = CacheInputs {
         kv: h.span(&kv),
-        ld,
+        ld: CacheWrite::LD,
         latent: 512,
         rope: 64,
         weight: h.span(&weight),
-        table: h.span(&device_table),
-        positions: h.span(&device_positions),
-        slots: h.span(&device_slots),
+        table: h.span(&table),
+        positions: h.span(&positions),
+        slots: h.span(&slots),
     };
     pointwise::cache_write(
         &h.gpu,
         &h.stream,
         inputs,
         EPS,
-        rows,
+        case.rows,
         h.span(&cache),
-        layers,
-        layer,
+        CacheWrite::LAYERS,
+        CacheWrite::LAYER,
         false,
     )?;
-    let (kv, weight, cache) = (h.download(&kv)?, h.download(&weight)?, h.download(&cache)?);
-    let mut error = Error::default();
-    let mut written = vec![false; blocks * layers * 64];
-    for r in 0..rows {
-        let Ok(slot) = usize::try_from(slots[r]) else {
-            continue;
-        };
-        let entry = (slot / 64 * layers + layer) * 64 + slot % 64;
-        written[entry] = true;
-        let (x, out) = (&kv[r * ld..], &cache[entry * 576..]);
-        let mean = x[..512].iter().map(|&v| bf16(v).powi(2)).sum::<f64>() / 512.0;
-        for c in 0..512 {
-            error.add(
-                bf16(out[c]),
-                bf16(x[c]) / (mean + f64::from(EPS)).sqrt() * f64::from(weight[c]),
-            );
-        }
-        let turn = &table[positions[r] as usize * 64..][..64];
-        for i in 0..64 {
-            error.add(bf16(out[512 + i]), rotated(&x[512..], turn, i));
-        }
-    }
-    let wrong = (0..cache.len())
-        .filter(|&i| (cache[i] == 0xffff) == written[i / 576])
-        .count();
-    Ok(Found::new(&error, BOUND, true, wrong))
+    Ok(Ran {
+        out: h.download(&cache)?,
+        repeats: true,
+        wrong: 0,
+    })
 }
 
 fn row_moves(h: &Harness, count: usize) -> Result<Found> {
