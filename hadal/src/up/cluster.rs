@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     folder::Folder,
-    plan::Plan,
+    plan::{DRAIN_SECONDS, Plan},
     screen::Screen,
     spec::Role,
     supervisor::{Change, Event, Supervisor},
@@ -20,6 +20,8 @@ use crate::{client::Client, format, series};
 
 /// How long the router may take to find workers that are ready.
 const DISCOVERY: Duration = Duration::from_secs(30);
+/// A stop that takes longer is explained.
+const QUICK: Duration = Duration::from_secs(1);
 /// Pause between looks at the router while it finds them.
 const DISCOVERY_POLL: Duration = Duration::from_millis(10);
 
@@ -125,8 +127,21 @@ impl Cluster {
         self.stop.cancel();
         // Nobody reads events any more; supervisors must not wait for room.
         self.events.close();
-        while let Some(ended) = self.supervisors.join_next().await {
-            ended.context("following a process")?;
+        let (supervisors, screen) = (&mut self.supervisors, &self.screen);
+        let ended = async {
+            while let Some(ended) = supervisors.join_next().await {
+                ended.context("following a process")?;
+            }
+            anyhow::Ok(())
+        };
+        let mut ended = std::pin::pin!(ended);
+        if let Ok(ended) = tokio::time::timeout(QUICK, &mut ended).await {
+            ended?;
+        } else {
+            screen.line(&format!(
+                "Requests that still run have {DRAIN_SECONDS} s to end; Ctrl-C again stops at once."
+            ));
+            ended.await?;
         }
         self.folder.close()
     }

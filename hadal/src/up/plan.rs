@@ -18,7 +18,7 @@ use crate::format;
 
 /// How long each process may finish what it has. Shorter than the supervisor's patience, so that processes end by
 /// themselves.
-const DRAIN_SECONDS: u64 = 8;
+pub(super) const DRAIN_SECONDS: u64 = 8;
 
 /// What to run.
 #[derive(Clone, Debug)]
