@@ -188,8 +188,13 @@ impl Load {
         let when = match &self.arrivals {
             Arrivals::Closed(places) => format!("closed loop of {places}"),
             Arrivals::At(times) => {
-                let span = times.last().copied().unwrap_or_default();
-                format!("open loop over {:.0} s", span.as_secs_f64())
+                let span = times.last().copied().unwrap_or_default().as_secs_f64();
+                if span > 0.0 {
+                    let rate = times.len() as f64 / span;
+                    format!("open loop of {rate:.1} requests/s over {span:.1} s")
+                } else {
+                    "all at once".into()
+                }
             }
         };
         let what = match &self.source {
@@ -245,6 +250,23 @@ mod tests {
             prompts,
             max_len,
         }
+    }
+
+    #[test]
+    fn a_description_says_when_requests_come() {
+        let source = Source::Drawn {
+            input: 8,
+            output: 2,
+            spread: 0.0,
+            shared_prefix: 0.0,
+        };
+        let mut load = load(source, 4, 100);
+        let mut described = |times: [u64; 4]| {
+            load.arrivals = Arrivals::At(times.map(Duration::from_secs).into());
+            load.describe()
+        };
+        assert!(described([0, 1, 1, 2]).contains("open loop of 2.0 requests/s over 2.0 s"));
+        assert!(described([0; 4]).contains("all at once"));
     }
 
     #[test]
