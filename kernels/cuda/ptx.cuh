@@ -113,8 +113,13 @@ DEVICE u32 cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
     return r;
 }
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// A barrier of the cluster in two halves. It does not make memory visible, which would cost a device-wide memory barrier: it is
+// for barriers just initialised (after mbar_init_done) and for what has been read.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void cluster_meet() {
+    cluster_arrive();
+    cluster_wait();
 }
 // Address, in the shared memory of CTA `rank` of the cluster, of what lies at `address` in one's own.
 DEVICE u32 peer_address(u32 address, u32 rank) {
@@ -122,13 +127,11 @@ DEVICE u32 peer_address(u32 address, u32 rank) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(rank));
     return out;
 }
-DEVICE float4 load_peer_float4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
+// Writes 16 bytes into another CTA of the cluster and counts them at a barrier there; both addresses are the peer's.
+DEVICE void send_float4(u32 address, float a, float b, float c, float d, u32 bar) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address),
+                 "f"(a), "f"(b), "f"(c), "f"(d), "r"(bar)
                  : "memory");
-    return v;
 }
 
 // ---- mbarriers and the bulk copy engine ----------------------------------------------------------------------------
@@ -210,6 +213,17 @@ DEVICE void tma_4d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int 
         "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "h"(mask), "l"(policy)
         : "memory");
 }
+// From shared memory (written before a fence_async) to memory; rows and columns beyond the tensor are not written. Stores of a
+// thread since its last commit are a group.
+DEVICE void tma_store_2d(const TensorMap* map, u32 src, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"((u64)map), "r"(src), "r"(x),
+                 "r"(y)
+                 : "memory");
+}
+DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until this thread's groups have been read from shared memory; until they are in memory.
+DEVICE void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+DEVICE void store_finish() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // A plain run of bytes (16-byte aligned, a multiple of 16).
 DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
@@ -227,6 +241,9 @@ DEVICE void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b),
                  "r"(c), "r"(d)
                  : "memory");
+}
+DEVICE void stmatrix_x2_trans(u32 address, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 DEVICE void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
@@ -251,8 +268,19 @@ DEVICE float load_shared_float(u32 address) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
     return v;
 }
+DEVICE float4 load_shared_float4(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
 DEVICE void store_shared_float(u32 address, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+DEVICE void store_shared_float4(u32 address, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 DEVICE void store_shared_16(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");

@@ -5,6 +5,7 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 : >"$out/kernels.inc"
+sed '/#pragma once/d' "$here/../fp8.cuh" >"$out/fp8.cuh"  # a copy for each kernel's namespace
 for file in "$here"/../*.cu; do
     name=$(basename "$file" .cu)
     # Dynamic shared memory is a pointer here; the clock has no meaning.
@@ -15,7 +16,7 @@ for file in "$here"/../*.cu; do
     echo "#include \"$out/$name.cu\"" >>"$out/kernels.inc"
     echo "}" >>"$out/kernels.inc"
     {
-        sed -n 's/^FP8_GEMM(.*, \([a-z0-9_]*\))$/\1/p' "$file"
+        sed -n 's/^FP8_[A-Z]*(.*, \([a-z0-9_]*\))$/\1/p' "$file"
         tr '\n' ' ' <"$out/$name.cu" | grep -o 'extern "C" __global__ void[^{]*' |
             sed -e 's/__launch_bounds__([^)]*)//' -e 's/.*void *\([a-z0-9_]*\)(.*/\1/' | grep -v NAME || true
     } | grep . | sed "s/.*/KERNEL($name, &)/" >>"$out/kernels.inc"

@@ -212,6 +212,17 @@ void copy_box(u32 to, const TensorMap* opaque, u32 bar, const int* start, u32 di
     }
 }
 
+void store_box(u32 from, const TensorMap* opaque, int x, int y) {
+    Map map;
+    memcpy(&map, opaque, sizeof map);
+    if (map.rank != 2 || from % 128) fprintf(stderr, "emulator: box of rank %u from %x\n", map.rank, from), abort();
+    for (u32 r = 0; r < map.box[1] && y + r < map.dims[1]; ++r)
+        for (u32 b = 0; b < 128 && x + b / map.element < map.dims[0]; b += 16) {
+            u32 address = from + r * 128 + b;
+            memcpy(map.base + (u64)(y + r) * map.strides[0] + (u64)x * map.element + b, at(address ^ (address >> 7 & 7) << 4), 16);
+        }
+}
+
 void run_fibre() {
     kernel(arguments);
     running->ended = true;

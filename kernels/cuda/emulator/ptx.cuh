@@ -53,6 +53,7 @@ void barrier_init(u32 bar, u32 arrivals);
 void barrier_arrive(u32 bar, u32 expect_bytes);
 void barrier_complete(u32 bar, u32 bytes);
 void barrier_wait(u32 bar, u32 parity);
+void store_box(u32 from, const TensorMap* map, int x, int y);
 void copy_box(u32 to, const TensorMap* map, u32 bar, const int* at, u32 dims, u32 mask);
 }  // namespace emulator
 
@@ -159,6 +160,7 @@ inline u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
 inline u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - emulator::shared_memory()); }
+inline bool elect_one() { return threadIdx.x % 32 == 0; }
 inline void named_sync(u32 id, u32 threads) { emulator::meet_named(id, threads, true); }
 inline void named_arrive(u32 id, u32 threads) { emulator::meet_named(id, threads, false); }
 template <u32 N> inline void registers_down() {}
@@ -166,13 +168,18 @@ template <u32 N> inline void registers_up() {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 inline u32 cluster_rank() { return emulator::rank(); }
-inline void cluster_sync() { emulator::meet_cluster(); }
+inline void cluster_meet() { emulator::meet_cluster(); }
+inline void cluster_arrive() {}
+inline void cluster_wait() { emulator::meet_cluster(); }
 inline u32 peer_address(u32 address, u32 rank) { return address | (rank + 1) << 24; }
-inline float4 load_peer_float4(u32 address) { return *(float4*)emulator::at(address); }
 inline void mbar_init(u32 bar, u32 arrivals) { emulator::barrier_init(bar, arrivals); }
 inline void mbar_init_done() {}
 inline void mbar_arrive(u32 bar) { emulator::barrier_arrive(bar, 0); }
 inline void mbar_arrive_at(u32 bar, u32 rank) { emulator::barrier_arrive(peer_address(bar, rank), 0); }
+inline void send_float4(u32 address, float a, float b, float c, float d, u32 bar) {
+    *(float4*)emulator::at(address) = {a, b, c, d};
+    emulator::barrier_complete(bar, 16);
+}
 inline void mbar_expect(u32 bar, u32 bytes) { emulator::barrier_arrive(bar, bytes); }
 inline void mbar_wait(u32 bar, u32 parity) { emulator::barrier_wait(bar, parity); }
 inline void fence_async() {}
@@ -194,6 +201,10 @@ inline void tma_4d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int 
     int at[] = {x, y, z, w};
     emulator::copy_box(dst, map, bar, at, 4, mask);
 }
+inline void tma_store_2d(const TensorMap* map, u32 src, int x, int y) { emulator::store_box(src, map, x, y); }
+inline void store_commit() {}
+inline void store_wait() {}
+inline void store_finish() {}
 inline void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
     if (dst % 16 || bytes % 16 || (u64)src % 16) fprintf(stderr, "emulator: misaligned bulk copy\n"), abort();
     memcpy(emulator::at(dst), src, bytes);
@@ -201,11 +212,11 @@ inline void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
 }
 
 // Stores four 8x8 matrices of b16; lane l names row l % 8 of matrix l / 8.
-inline void store_matrices(u32 address, const u32 (&regs)[4], bool transposed) {
+inline void store_matrices(u32 address, const u32 (&regs)[4], bool transposed, u32 matrices = 4) {
     u64 rows[32];
     u32 present, lane = threadIdx.x & 31;
     emulator::meet_warp(address, rows, present);
-    for (u32 m = 0; m < 4; ++m)
+    for (u32 m = 0; m < matrices; ++m)
         for (u32 half = 0; half < 2; ++half) {
             u32 r = lane / 4, c = 2 * (lane % 4) + half;
             if (transposed) std::swap(r, c);
@@ -214,14 +225,17 @@ inline void store_matrices(u32 address, const u32 (&regs)[4], bool transposed) {
 }
 inline void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) { store_matrices(address, {a, b, c, d}, true); }
 inline void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) { store_matrices(address, {a, b, c, d}, false); }
+inline void stmatrix_x2_trans(u32 address, u32 a, u32 b) { store_matrices(address, {a, b, 0, 0}, true, 2); }
 inline uint4 load_shared_16(u32 address) { return *(uint4*)emulator::at(address); }
 inline float2 load_shared_float2(u32 address) { return *(float2*)emulator::at(address); }
 inline float load_shared_float(u32 address) { return *(float*)emulator::at(address); }
+inline float4 load_shared_float4(u32 address) { return *(float4*)emulator::at(address); }
 inline void store_shared_float(u32 address, float v) { *(float*)emulator::at(address) = v; }
 inline void store_global_16(void* to, uint4 v) {
     if ((u64)to % 16) fprintf(stderr, "emulator: misaligned store\n"), abort();
     *(uint4*)to = v;
 }
+inline void store_shared_float4(u32 address, float a, float b, float c, float d) { *(float4*)emulator::at(address) = {a, b, c, d}; }
 inline void store_shared_16(u32 address, u32 a, u32 b, u32 c, u32 d) { *(uint4*)emulator::at(address) = {a, b, c, d}; }
 
 inline u64 k_major(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }

@@ -40,6 +40,26 @@ pub struct Shape {
     pub float_out: bool,
 }
 
+impl Shape {
+    /// One product of whole matrices.
+    pub fn plain(m: usize, n: usize, k: usize, float_out: bool) -> Self {
+        let pitch = |row, rows| Pitch {
+            row,
+            product: row * rows,
+        };
+        Self {
+            m,
+            n,
+            k,
+            batch: 1,
+            x: pitch(k, m),
+            w: pitch(k, n),
+            out: pitch(n, m),
+            float_out,
+        }
+    }
+}
+
 /// Elements between rows and between products.
 #[derive(Clone, Copy, Debug)]
 pub struct Pitch {

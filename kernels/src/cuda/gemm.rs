@@ -15,32 +15,67 @@ use super::launch::arguments;
 use super::tensor_map::{Element, tensor_map};
 use super::{Gpu, Launch, Program, Result, Span, require};
 
-/// One instance of the kernel template, as `fp8_gemm.cu` lists them.
+/// One instance of a kernel template, as `fp8_gemm.cu` and `fp8_prefill.cu` list them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Instance {
     /// Kernel name.
     pub name: &'static str,
+    /// Which operand has the tensor cores' 64 rows.
+    pub design: Design,
     /// Weight rows of a tile.
     pub rows: u32,
     /// Most tokens of a tile.
     pub tokens: u32,
+    /// Warpgroups that multiply.
+    pub warpgroups: u32,
     /// CTAs that share a tile's K.
     pub split_k: u32,
-    /// CTAs that share their tokens.
-    pub multicast: u32,
+    /// What the two CTAs of a cluster share.
+    pub share: Share,
     /// Depth of the ring.
     pub stages: u32,
+    /// Shared memory holds a whole tile of the output on its way.
+    pub whole: bool,
     /// One weight matrix per group.
     pub grouped: bool,
+    /// CTAs that a multiprocessor holds at once.
+    pub resident: u32,
+}
+
+/// The two kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Design {
+    /// `fp8_gemm.cu`: weights are the 64-row operand; any number of tokens wastes little.
+    Weights,
+    /// `fp8_prefill.cu`: tokens are; cheaper sums and larger tiles, 64 tokens at a time.
+    Tokens,
+}
+
+/// What two CTAs of a cluster fetch together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// Nothing.
+    Alone,
+    /// The tokens of two neighbouring weight tiles.
+    Tokens,
+    /// The weights of two neighbouring token tiles.
+    Weights,
 }
 
 impl Instance {
-    /// All instances, read from the list in the kernel's source.
+    /// All instances, read from the lists in the kernels' sources.
     pub fn all() -> &'static [Self] {
         static ALL: OnceLock<Vec<Instance>> = OnceLock::new();
         ALL.get_or_init(|| {
-            let source = Program::find("fp8_gemm").map_or("", |p| p.source);
-            source.lines().filter_map(Self::parse).collect()
+            [Design::Weights, Design::Tokens]
+                .into_iter()
+                .flat_map(|design| {
+                    let source = Program::find(design.program()).map_or("", |p| p.source);
+                    source
+                        .lines()
+                        .filter_map(move |line| Self::parse(design, line))
+                })
+                .collect()
         })
     }
 
@@ -49,22 +84,50 @@ impl Instance {
         Self::all().iter().copied().find(|i| i.name == name)
     }
 
-    fn parse(line: &'static str) -> Option<Self> {
+    fn parse(design: Design, line: &'static str) -> Option<Self> {
+        let prefix = match design {
+            Design::Weights => "FP8_GEMM(",
+            Design::Tokens => "FP8_PREFILL(",
+        };
         let fields: Vec<_> = line
-            .strip_prefix("FP8_GEMM(")?
+            .strip_prefix(prefix)?
             .strip_suffix(')')?
             .split(", ")
             .collect();
         let number = |i: usize| fields.get(i)?.parse::<u32>().ok();
-        Some(Self {
-            rows: 64 * number(0)?,
-            tokens: number(1)?,
-            split_k: number(2)?,
-            multicast: number(3)?,
-            stages: number(4)?,
-            grouped: *fields.get(5)? == "true",
-            name: fields.get(6)?,
-        })
+        let instance = match design {
+            Design::Weights => Self {
+                name: fields.get(7)?,
+                design,
+                rows: 64 * number(0)?,
+                tokens: number(2)?,
+                warpgroups: number(0)? * number(1)?,
+                split_k: number(3)?,
+                share: Share::Alone,
+                stages: number(4)?,
+                whole: false,
+                grouped: *fields.get(5)? == "true",
+                resident: number(6)?,
+            },
+            Design::Tokens => Self {
+                name: fields.get(7)?,
+                design,
+                rows: number(2)?,
+                tokens: 64 * number(0)? * number(1)?,
+                warpgroups: number(0)?,
+                split_k: 1,
+                share: match *fields.get(3)? {
+                    "TOKENS" => Share::Tokens,
+                    "WEIGHTS" => Share::Weights,
+                    _ => Share::Alone,
+                },
+                stages: number(4)?,
+                whole: *fields.get(5)? == "true",
+                grouped: *fields.get(6)? == "true",
+                resident: 1,
+            },
+        };
+        Some(instance)
     }
 
     /// Dynamic shared memory, the same sum as in the kernel.
@@ -74,25 +137,87 @@ impl Instance {
             self.tokens as usize,
             self.stages as usize,
         );
-        let epilogue = if self.split_k == 1 {
-            rows / 64 * 32 * 144
-        } else {
-            0
+        let epilogue = match self.design {
+            Design::Weights if self.split_k > 1 => {
+                let share = (tokens / 8).div_ceil(self.split_k as usize);
+                (self.split_k as usize - 1) * share * rows * 2 * 16
+            }
+            Design::Weights => rows / 64 * 32 * 144,
+            Design::Tokens if self.whole => rows * tokens * 2,
+            Design::Tokens => 4 * self.warpgroups as usize * 2048,
         };
-        stages * ((rows + tokens) * 128 + tokens * 4 + 16 + 16) + epilogue + groups * 4
+        let exchange = (self.depth() as usize - 1) * rows * tokens * 4;
+        stages * ((rows + tokens) * 128 + tokens * 4 + 16 + 16)
+            + epilogue
+            + 32
+            + exchange
+            + groups * 4
     }
 
     /// Token rows of one bulk copy, `BOX` in the kernel.
     fn token_box(self) -> u32 {
-        match self.tokens {
-            t if !self.grouped && t % 64 == 0 => 64,
-            t if t > 64 => 32,
-            _ => 16,
+        match (self.design, self.tokens) {
+            (Design::Tokens, _) if self.grouped => 64,
+            (Design::Tokens, t) if self.share == Share::Tokens => t / 2,
+            (Design::Tokens, t) => t,
+            (Design::Weights, t) if !self.grouped && t % 64 == 0 => 64,
+            (Design::Weights, t) if t > 64 => 32,
+            (Design::Weights, _) => 16,
+        }
+    }
+
+    /// Weight rows of one bulk copy.
+    fn weight_box(self) -> u32 {
+        match self.share {
+            Share::Weights => self.rows / 2,
+            Share::Alone | Share::Tokens => self.rows,
+        }
+    }
+
+    /// Weight rows and tokens that a cluster, or a CTA alone, works on.
+    fn cluster_tile(self) -> (u32, u32) {
+        match self.share {
+            Share::Alone => (self.rows, self.tokens),
+            Share::Tokens => (2 * self.rows, self.tokens),
+            Share::Weights => (self.rows, 2 * self.tokens),
+        }
+    }
+
+    /// CTAs of a cluster.
+    fn cluster(self) -> u32 {
+        match self.share {
+            Share::Alone => self.split_k,
+            Share::Tokens | Share::Weights => 2,
+        }
+    }
+
+    /// Clusters that the device holds at once.
+    fn clusters(self, sms: u32) -> u32 {
+        self.resident * sms / self.cluster()
+    }
+
+    /// Warpgroups that share 64 weight rows and take turns on the blocks of K.
+    fn depth(self) -> u32 {
+        match self.design {
+            Design::Weights => 64 * self.warpgroups / self.rows,
+            Design::Tokens => 1,
         }
     }
 
     fn threads(self) -> u32 {
-        self.rows * 2 + 128
+        // Register counts change by whole warpgroups.
+        let whole = self.design == Design::Tokens || self.tokens > 64 && self.split_k == 1;
+        self.warpgroups * 128 + if whole { 128 } else { 32 }
+    }
+}
+
+impl Design {
+    /// Name of the kernel's file.
+    fn program(self) -> &'static str {
+        match self {
+            Self::Weights => "fp8_gemm",
+            Self::Tokens => "fp8_prefill",
+        }
     }
 }
 
@@ -159,17 +284,15 @@ pub fn choose(m: usize, n: usize, k: usize, sms: u32) -> &'static str {
         // Enough CTAs to keep HBM busy, few enough that one wave holds them. Clusters of four and more leave
         // multiprocessors idle: 132 of them do not divide so.
         return if tiles(64) * 3 <= sms && k_blocks >= 24 {
-            "fp8_gemm_r64_t64_k3"
+            "fp8_gemm_r64_t64_k3_d2"
         } else if tiles(64) * 2 <= sms && k_blocks >= 16 {
-            "fp8_gemm_r64_t64_k2"
+            "fp8_gemm_r64_t64_k2_d2"
         } else if tiles(128) * 2 <= sms && k_blocks >= 64 {
             "fp8_gemm_r128_t64_k2"
         } else if tiles(64) <= sms {
-            "fp8_gemm_r64_t64_k1"
-        } else if tiles(192) <= sms {
-            "fp8_gemm_r192_t64_k1"
+            "fp8_gemm_r64_t64_k1_d2"
         } else {
-            "fp8_gemm_r128_t64_k1"
+            "fp8_gemm_r192_t64_k1"
         };
     }
     if m <= 128 && tiles(128) * 4 <= sms * 3 / 4 && k_blocks >= 32 {
@@ -178,13 +301,19 @@ pub fn choose(m: usize, n: usize, k: usize, sms: u32) -> &'static str {
     if m <= 128 && tiles(128) * 2 <= sms && k_blocks >= 8 {
         return "fp8_gemm_r128_t128_k2";
     }
-    // Waves of tiles, each costing its tokens and about 64 more for its weights' way from L2.
-    let cost = |tokens: usize| (tiles(128) * m.div_ceil(tokens)).div_ceil(sms) * (64 + tokens);
-    if cost(192) < cost(128) {
-        "fp8_gemm_r128_t192_k1"
-    } else {
-        "fp8_gemm_r128_t128_k1"
-    }
+    // Waves of tiles, each with its time as measured.
+    let cost = |rows: usize, tokens: usize, tile: f64| {
+        (tiles(rows) * m.div_ceil(tokens)).div_ceil(sms) as f64 * tile
+    };
+    [
+        ("fp8_prefill_t256_n128", cost(128, 256, 2.0)),
+        ("fp8_prefill_t128_n192_weights", cost(192, 128, 1.65)),
+        ("fp8_gemm_r128_t128_k1", cost(128, 128, 1.35)),
+    ]
+    .into_iter()
+    .min_by(|a, b| a.1.total_cmp(&b.1))
+    .expect("three of them")
+    .0
 }
 
 /// Dense product: `out` is BF16 `[rows][ld_out]`.
@@ -222,12 +351,12 @@ pub fn dense_with(
         out.len() >= x.rows.saturating_sub(1) * ld_out + w.n,
         || format!("output of {} elements for {} x {ld_out}", out.len(), x.rows),
     )?;
-    let rows = (instance.rows * instance.multicast) as usize;
-    let tiles = (w.n.div_ceil(rows) * x.rows.div_ceil(instance.tokens as usize)) as u32;
+    let (rows, tokens) = instance.cluster_tile();
+    let clusters = (w.n.div_ceil(rows as usize) * x.rows.div_ceil(tokens as usize)) as u32;
     let blocks = if instance.split_k > 1 {
-        tiles * instance.split_k
+        clusters * instance.split_k
     } else {
-        (tiles * instance.multicast).min(gpu.sms() / instance.multicast * instance.multicast)
+        instance.cluster() * clusters.min(instance.clusters(gpu.sms()))
     };
     launch(
         gpu, stream, instance, x, w, None, out, ld_out, blocks, overlap,
@@ -249,8 +378,8 @@ pub fn grouped(
     let name = match expected {
         0..=12 => "fp8_gemm_grouped_r128_t16",
         13..=48 => "fp8_gemm_grouped_r128_t64",
-        49..=128 => "fp8_gemm_grouped_r128_t160",
-        _ => "fp8_gemm_grouped_r128_t128",
+        49..=96 => "fp8_gemm_grouped_r128_t128",
+        _ => "fp8_prefill_grouped_t192_n128_tokens",
     };
     grouped_with(gpu, stream, name, x, w, groups, out, ld_out, overlap)
 }
@@ -296,7 +425,7 @@ pub fn grouped_with(
         Some(groups),
         out,
         ld_out,
-        gpu.sms() / instance.multicast * instance.multicast,
+        instance.cluster() * instance.clusters(gpu.sms()),
         overlap,
     )
 }
@@ -384,7 +513,7 @@ fn launch(
         w.data.address(),
         &[k, (w.groups * w.n) as u64],
         &[k],
-        &[128, instance.rows],
+        &[128, instance.weight_box()],
     )?;
     let x_map = tensor_map(
         name,
@@ -412,23 +541,45 @@ fn launch(
         group_stride: stride as u32,
         ld_scale: x.ld as u32,
         ld_out: ld_out as u32,
-        stream_weights: u32::from(x.rows <= 256 || groups.is_some()),
+        stream_weights: u32::from(
+            instance.design == Design::Weights && (x.rows <= 256 || groups.is_some()),
+        ),
     };
     let launch = Launch {
         grid: [blocks, 1, 1],
         threads: instance.threads(),
         shared_bytes: instance.shared_bytes(w.groups),
-        cluster: instance.split_k * instance.multicast,
+        cluster: instance.cluster(),
         overlap,
     };
-    // SAFETY: kernel(TensorMap, TensorMap, GemmArgs), laid out as declared above.
+    if instance.design == Design::Weights {
+        // SAFETY: kernel(TensorMap, TensorMap, GemmArgs), laid out as declared above.
+        return unsafe {
+            launch.run(
+                gpu,
+                stream,
+                "fp8_gemm",
+                name,
+                arguments![w_map, x_map, args],
+            )
+        };
+    }
+    let out_map = tensor_map(
+        name,
+        Element::Bf16,
+        out.address(),
+        &[w.n as u64, x.rows as u64],
+        &[ld_out as u64 * 2],
+        &[64, 16],
+    )?;
+    // SAFETY: kernel(TensorMap, TensorMap, TensorMap, GemmArgs), laid out as declared above.
     unsafe {
         launch.run(
             gpu,
             stream,
-            "fp8_gemm",
+            "fp8_prefill",
             name,
-            arguments![w_map, x_map, args],
+            arguments![w_map, x_map, out_map, args],
         )
     }
 }
@@ -442,25 +593,30 @@ mod tests {
     fn every_instance_fits_a_multiprocessor() {
         assert!(Instance::all().len() > 10);
         for instance in Instance::all() {
-            assert!(instance.shared_bytes(256) <= SHARED_LIMIT, "{instance:?}");
-            assert!(instance.threads() <= 512, "{instance:?}");
+            // Each CTA takes a kilobyte more.
+            let limit = (SHARED_LIMIT + 1024) / instance.resident as usize - 1024;
+            let groups = if instance.grouped { 256 } else { 1 };
+            assert!(instance.shared_bytes(groups) <= limit, "{instance:?}");
+            assert!(instance.threads() <= 640, "{instance:?}");
         }
     }
 
     #[test]
     fn measured_shapes_get_their_fastest_instance() {
         for (m, n, k, name) in [
-            (64, 2112, 7168, "fp8_gemm_r64_t64_k3"),
+            (64, 2112, 7168, "fp8_gemm_r64_t64_k3_d2"),
             (64, 24576, 1536, "fp8_gemm_r192_t64_k1"),
             (64, 7168, 16384, "fp8_gemm_r128_t64_k2"),
-            (64, 4096, 7168, "fp8_gemm_r64_t64_k2"),
-            (64, 7168, 2048, "fp8_gemm_r64_t64_k1"),
+            (64, 4096, 7168, "fp8_gemm_r64_t64_k2_d2"),
+            (64, 7168, 2048, "fp8_gemm_r64_t64_k1_d2"),
             (128, 2112, 7168, "fp8_gemm_r128_t128_k4"),
             (128, 4096, 7168, "fp8_gemm_r128_t128_k2"),
             (128, 7168, 2048, "fp8_gemm_r128_t128_k2"),
-            (4096, 4096, 7168, "fp8_gemm_r128_t128_k1"),
-            (4096, 7168, 16384, "fp8_gemm_r128_t192_k1"),
-            (4096, 24576, 1536, "fp8_gemm_r128_t192_k1"),
+            (256, 4096, 7168, "fp8_gemm_r128_t128_k1"),
+            (4096, 4096, 7168, "fp8_prefill_t256_n128"),
+            (4096, 7168, 16384, "fp8_prefill_t256_n128"),
+            (4096, 24576, 1536, "fp8_prefill_t256_n128"),
+            (4096, 2112, 7168, "fp8_prefill_t128_n192_weights"),
         ] {
             assert_eq!(choose(m, n, k, 132), name, "m {m} n {n} k {k}");
         }

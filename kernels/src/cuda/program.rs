@@ -29,6 +29,7 @@ impl Program {
     /// Every program, in the order `device compile` reports them.
     pub const ALL: &'static [Self] = programs![
         "fp8_gemm",
+        "fp8_prefill",
         "mla_decode",
         "mla_prefill",
         "pointwise",
@@ -43,7 +44,8 @@ impl Program {
     }
 }
 
-const HEADERS: [(&CStr, &str); 2] = [
+const HEADERS: [(&CStr, &str); 3] = [
+    (c"fp8.cuh", include_str!("../../cuda/fp8.cuh")),
     (c"ptx.cuh", include_str!("../../cuda/ptx.cuh")),
     (c"wgmma.cuh", include_str!("../../cuda/wgmma.cuh")),
 ];

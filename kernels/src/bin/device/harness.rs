@@ -1,7 +1,9 @@
 //! The device as checks and timings use it: memory with contents, graphs, bursts, rulers.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits, sys};
 use kernels::cuda::probe::{self, Kind};
@@ -17,6 +19,8 @@ pub(crate) struct Harness {
     pub(crate) gpu: Gpu,
     /// Where everything is enqueued.
     pub(crate) stream: Arc<CudaStream>,
+    /// Idle time before each timed burst. Without any, large products are bound by the power limit.
+    rest: Duration,
 }
 
 /// One timed burst.
@@ -43,7 +47,11 @@ impl Harness {
             gpu.sms(),
             start.elapsed().as_secs_f64()
         );
-        Ok(Self { gpu, stream })
+        let rest = std::env::var("HADAL_BENCH_REST_MS")
+            .ok()
+            .and_then(|ms| ms.parse().ok())
+            .map_or(Duration::ZERO, Duration::from_millis);
+        Ok(Self { gpu, stream, rest })
     }
 
     /// Memory with undefined contents.
@@ -111,6 +119,21 @@ impl Harness {
         Ok(self.stream.clone_dtoh(slice)?)
     }
 
+    /// Some rows of a matrix, `width` wide, to the host.
+    pub(crate) fn download_rows<T: DeviceRepr + Clone + Default>(
+        &self,
+        slice: &CudaSlice<T>,
+        width: usize,
+        rows: impl IntoIterator<Item = usize>,
+    ) -> Result<BTreeMap<usize, Vec<T>>> {
+        rows.into_iter()
+            .map(|row| {
+                let view = slice.slice(row * width..(row + 1) * width);
+                Ok((row, self.stream.clone_dtoh(&view)?))
+            })
+            .collect()
+    }
+
     /// A slice as launchers take it.
     pub(crate) fn span<T>(&self, slice: &CudaSlice<T>) -> Span<T> {
         Span::of(slice, &self.stream)
@@ -146,6 +169,7 @@ impl Harness {
         let clock = self.stream.alloc_zeros::<u64>(2)?;
         let mut times = Vec::with_capacity(replays);
         for _ in 0..replays {
+            std::thread::sleep(self.rest);
             times.push(self.elapsed(&graph)?);
         }
         graph.launch()?;

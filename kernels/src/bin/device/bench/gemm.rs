@@ -44,7 +44,7 @@ pub(crate) fn cases() -> Vec<Case> {
             let chosen = gemm::choose(m, n, k, 132);
             let fits = |i: &&Instance| {
                 let tiles = n.div_ceil(i.rows as usize) as u32 * i.split_k;
-                let one_wave = (i.split_k == 1 || tiles <= 160) && i.multicast == 1;
+                let one_wave = i.split_k == 1 || tiles <= 132 * i.resident + 28;
                 !i.grouped
                     && (i.name == chosen
                         || i.tokens as usize >= m && i.tokens as usize <= m.max(64) && one_wave
@@ -53,7 +53,7 @@ pub(crate) fn cases() -> Vec<Case> {
             for instance in Instance::all().iter().filter(fits) {
                 let mark = if instance.name == chosen { " *" } else { "" };
                 cases.push(Case {
-                    name: format!("fp8 dense m {m} ({n},{k}) {}{mark}", &instance.name[9..]),
+                    name: format!("fp8 dense m {m} ({n},{k}) {}{mark}", &instance.name[4..]),
                     peer: Some((peer, "DeepGEMM")),
                     bytes: (n * k + m * k + 2 * m * n) as f64,
                     flops: 2.0 * (m * n * k) as f64,
@@ -74,7 +74,7 @@ pub(crate) fn cases() -> Vec<Case> {
                 cases.push(Case {
                     name: format!(
                         "fp8 {kind} {groups} x {m} ({n},{k}) {}",
-                        &instance.name[17..]
+                        &instance.name[4..]
                     ),
                     peer: Some((peer, "DeepGEMM")),
                     bytes: (groups * (n * k + m * k + 2 * m * n)) as f64,
@@ -87,14 +87,9 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Buffer sets that make weights cold: 512 MB of them.
-fn sets(bytes: usize) -> usize {
-    ((512 << 20) / bytes).clamp(2, 40)
-}
-
 fn dense(h: &Harness, instance: &str, m: usize, n: usize, k: usize) -> Result<Timing> {
     let (ld, k_blocks) = (m.next_multiple_of(4), k / 128);
-    let sets = sets(n * k);
+    let sets = super::sets(n * k);
     let x = h.random::<u8>(m * k, Kind::Fp8Normal, 100.0, 1)?;
     let x_scale = h.random::<f32>(k_blocks * ld, Kind::F32Scale, 0.01, 2)?;
     let w = h.random::<u8>(sets * n * k, Kind::Fp8Normal, 100.0, 3)?;
@@ -149,7 +144,7 @@ fn grouped(
         counts.iter().sum()
     };
     let (ld, k_blocks) = (rows.next_multiple_of(4), k / 128);
-    let sets = sets(groups * n * k);
+    let sets = super::sets(groups * n * k);
     let x = h.random::<u8>(rows * k, Kind::Fp8Normal, 100.0, 1)?;
     let x_scale = h.random::<f32>(k_blocks * ld, Kind::F32Scale, 0.01, 2)?;
     let w = h.random::<u8>(sets * groups * n * k, Kind::Fp8Normal, 100.0, 3)?;

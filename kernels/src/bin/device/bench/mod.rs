@@ -1,5 +1,6 @@
 //! Times beside the best public kernels' (measured on one H200 with the same method, see kernels/cuda/README.md).
 
+mod blas;
 mod gemm;
 mod mla;
 mod small;
@@ -20,6 +21,11 @@ pub(crate) struct Case {
     run: Run,
 }
 
+/// Buffer sets that make weights cold: 512 MB of them.
+fn sets(bytes: usize) -> usize {
+    ((512 << 20) / bytes).clamp(2, 40)
+}
+
 /// Times the cases whose name contains `filter`; true when all ran.
 pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
     let mut complete = true;
@@ -30,6 +36,7 @@ pub(crate) fn run(harness: &Harness, filter: &str) -> Result<bool> {
     );
     let cases = gemm::cases()
         .into_iter()
+        .chain(blas::cases())
         .chain(mla::cases())
         .chain(small::cases());
     for case in cases.filter(|case| case.name.contains(filter)) {

@@ -10,25 +10,6 @@ use crate::reference::{Error, Random, bf16};
 
 /// All cases: a language-model head, the gate's logits, absorbed queries and values with heads side by side.
 pub(crate) fn cases() -> Vec<Case> {
-    let plain = |m, n, k, float_out| Shape {
-        m,
-        n,
-        k,
-        batch: 1,
-        x: Pitch {
-            row: k,
-            product: m * k,
-        },
-        w: Pitch {
-            row: k,
-            product: n * k,
-        },
-        out: Pitch {
-            row: n,
-            product: m * n,
-        },
-        float_out,
-    };
     let heads = |m, n, k, x_row, out_row, x_product, out_product| Shape {
         m,
         n,
@@ -49,8 +30,8 @@ pub(crate) fn cases() -> Vec<Case> {
         float_out: false,
     };
     [
-        ("head", plain(64, 129_280, 7168, true)),
-        ("gate", plain(33, 256, 7168, true)),
+        ("head", Shape::plain(64, 129_280, 7168, true)),
+        ("gate", Shape::plain(33, 256, 7168, true)),
         (
             "absorbed queries",
             heads(64, 512, 128, 16 * 192, 16 * 576, 192, 576),
