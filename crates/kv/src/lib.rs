@@ -16,7 +16,7 @@ mod sums;
 pub use changes::{Changes, Snapshot};
 pub use format::KvFormat;
 pub use host::HostMemory;
-pub use lease::{Reservation, Writer};
+pub use lease::Reservation;
 pub use pool::{Blocks, Pool};
 pub use prefix::{BLOCK_TOKENS, BlockHash};
 pub use state::{NoBlocks, Usage};

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use kv::{BlockId, Blocks, Pool, Reservation, Writer};
+use kv::{BlockId, Blocks, Pool, Reservation};
 use proptest::prelude::*;
 
 const TOTAL: usize = 12;
@@ -21,8 +21,6 @@ enum Step {
     Grow(usize),
     /// The sequence computed its block `.1`.
     Publish(usize, usize),
-    OpenWriter(usize),
-    DropWriter(usize),
     Commit(usize),
     DropBlocks(usize),
     DropReservation(usize),
@@ -37,8 +35,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => sequence.prop_map(|(family, blocks)| Step::Reserve { family, blocks }),
         2 => (0..8usize).prop_map(Step::Grow),
         6 => (0..8usize, 0..6usize).prop_map(|(i, b)| Step::Publish(i, b)),
-        3 => (0..8usize).prop_map(Step::OpenWriter),
-        3 => (0..8usize).prop_map(Step::DropWriter),
         3 => (0..8usize).prop_map(Step::Commit),
         4 => (0..8usize).prop_map(Step::DropBlocks),
         2 => (0..8usize).prop_map(Step::DropReservation),
@@ -58,7 +54,6 @@ fn tokens(family: u32, blocks: usize) -> Vec<u32> {
 struct Model {
     sequences: Vec<(u32, Blocks)>,
     reservations: Vec<(u32, Reservation)>,
-    writers: Vec<(Vec<BlockId>, Writer)>,
     /// What was last written to a block: (family, index in its sequence).
     contents: HashMap<BlockId, (u32, usize)>,
 }
@@ -100,12 +95,7 @@ impl Model {
             .reservations
             .iter()
             .flat_map(|(_, r)| &r.ids()[..r.cached_blocks()]);
-        let lingering = self.writers.iter().flat_map(|(ids, _)| ids);
-        sequences
-            .chain(prefixes)
-            .chain(lingering)
-            .copied()
-            .collect()
+        sequences.chain(prefixes).copied().collect()
     }
 
     fn quarantined(&self) -> HashSet<BlockId> {
@@ -153,36 +143,14 @@ impl Model {
                     }
                 }
             }
-            Step::OpenWriter(i) => {
-                if let Some(i) = pick(self.reservations.len(), i) {
-                    let (_, reservation) = &self.reservations[i];
-                    let ids = reservation.ids().to_vec();
-                    self.writers.push((ids, reservation.writer()));
-                }
-            }
-            Step::DropWriter(i) => {
-                if let Some(i) = pick(self.writers.len(), i) {
-                    self.writers.swap_remove(i);
-                }
-            }
             Step::Commit(i) => {
                 if let Some(i) = pick(self.reservations.len(), i) {
                     let (family, reservation) = self.reservations.swap_remove(i);
-                    let fresh = &reservation.ids()[reservation.cached_blocks()..];
-                    let written = fresh.iter().any(|id| {
-                        let mut writers = self.writers.iter();
-                        writers.any(|(ids, _)| ids.contains(id))
-                    });
-                    match reservation.commit() {
-                        Ok(blocks) => {
-                            assert!(!written, "committed under a writer");
-                            for (i, &id) in blocks.ids().iter().enumerate() {
-                                self.contents.insert(id, (family, i));
-                            }
-                            self.sequences.push((family, blocks));
-                        }
-                        Err(reservation) => self.reservations.push((family, reservation)),
+                    let blocks = reservation.commit();
+                    for (i, &id) in blocks.ids().iter().enumerate() {
+                        self.contents.insert(id, (family, i));
                     }
+                    self.sequences.push((family, blocks));
                 }
             }
             Step::DropBlocks(i) => {

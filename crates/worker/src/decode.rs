@@ -245,10 +245,7 @@ impl Generate {
         let cached = cached.min(leased.tokens.len());
         metrics.received(waited);
         metrics.prompt_tokens(0, cached, leased.tokens.len() - cached);
-        let blocks = leased.reservation.commit().map_err(|_| {
-            // The transfer's own protocol has no writer left once it is sealed.
-            Status::internal("a sealed lease still had a writer")
-        })?;
+        let blocks = leased.reservation.commit();
         let wait_ms = waited.as_millis() as u32;
         let committed = v1::Committed {
             received_bytes: bytes,

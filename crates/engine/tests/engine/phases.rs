@@ -21,14 +21,14 @@ fn prefill(tokens: Vec<u32>) -> Job {
 /// Copies what was told to be filled, and nothing else, as a transfer does: through pieces and their checksums.
 pub fn transfer<R: Runner>(story: &Story, from: &Rig<R>, to: &Rig<R>, tokens: &[u32]) -> Blocks {
     let reservation = to.engine.pool().reserve(tokens, b"").unwrap();
-    let writer = reservation.writer();
     let blocks = story.blocks().unwrap();
     let format = from.engine.format().clone();
     let (source, target) = (from.engine.memory(), to.engine.memory());
     let send = |block: usize, layer: usize| {
-        let Some(target_id) = writer.target(block) else {
+        if block < reservation.cached_blocks() {
             return;
-        };
+        }
+        let target_id = reservation.ids()[block];
         let rows = BLOCK_TOKENS.min(tokens.len() - block * BLOCK_TOKENS);
         let span = format.span(layer, rows);
         let id = blocks.ids()[block];
@@ -66,8 +66,7 @@ pub fn transfer<R: Runner>(story: &Story, from: &Rig<R>, to: &Rig<R>, tokens: &[
             _ => {}
         }
     }
-    drop(writer);
-    reservation.commit().unwrap()
+    reservation.commit()
 }
 
 fn decode(rig: &mut Rig, mut tokens: Vec<u32>, first: u32, blocks: Blocks) -> Story {
