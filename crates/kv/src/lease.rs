@@ -141,4 +141,14 @@ mod tests {
         assert_eq!(pool.snapshot().hashes, []);
         kernels::BlockMemory::read(&*memory, id, 0..8, &mut |b| assert_eq!(b, [0xff; 8])).unwrap();
     }
+
+    #[test]
+    #[should_panic(expected = "written after it was freed")]
+    fn a_write_into_a_free_block_is_found() {
+        let memory = Arc::new(HostMemory::new(1, BLOCK_TOKENS));
+        let pool = Pool::poisoning(memory.clone(), "r");
+        let id = pool.acquire(&[], 1).unwrap().ids()[0].index();
+        kernels::BlockMemory::write(&*memory, id, 8..16, &mut |b| b.fill(1)).unwrap();
+        let _ = pool.acquire(&[], 1);
+    }
 }

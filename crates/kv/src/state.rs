@@ -71,6 +71,9 @@ struct Block {
     sums: Vec<Option<Sum>>,
 }
 
+/// What tests fill dead contents with: NaN in every format.
+const POISON: u8 = 0xff;
+
 pub(crate) struct State {
     blocks: Vec<Block>,
     /// Last freed, first taken: reuse is as quick as it can be, so that a use after free shows early.
@@ -101,7 +104,7 @@ impl State {
                 sums: Vec::new(),
             })
             .collect();
-        Self {
+        let state = Self {
             blocks,
             free: (0..total as u32).rev().map(BlockId).collect(),
             index: HashMap::new(),
@@ -111,7 +114,11 @@ impl State {
             quarantined: 0,
             log: ChangeLog::default(),
             poison,
+        };
+        for &id in &state.free {
+            state.wipe(id);
         }
+        state
     }
 
     pub(crate) fn usage(&self) -> Usage {
@@ -187,6 +194,7 @@ impl State {
     /// A fresh block; the caller made sure that one can be had.
     fn take(&mut self, write: bool) -> BlockId {
         let id = self.free.pop().unwrap_or_else(|| self.evict());
+        self.check_wiped(id);
         let block = &mut self.blocks[id.index()];
         block.sums.clear();
         if write {
@@ -305,7 +313,19 @@ impl State {
         if let Some(memory) = &self.poison {
             memory
                 .write(id.index(), 0..memory.block_bytes(), &mut |bytes| {
-                    bytes.fill(0xff);
+                    bytes.fill(POISON);
+                })
+                .expect("nobody reads or writes a block that nobody holds");
+        }
+    }
+
+    /// Tests: nobody wrote into the block after its contents had died.
+    fn check_wiped(&self, id: BlockId) {
+        if let Some(memory) = &self.poison {
+            memory
+                .read(id.index(), 0..memory.block_bytes(), &mut |bytes| {
+                    let written = bytes.iter().any(|&byte| byte != POISON);
+                    assert!(!written, "block {} was written after it was freed", id.0);
                 })
                 .expect("nobody reads or writes a block that nobody holds");
         }
