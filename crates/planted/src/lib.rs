@@ -17,16 +17,26 @@ pub enum Bug {
     TokenTwice,
     /// A request that starts over draws from another seed.
     SeedLost,
+    /// A request that ends before its blocks are used leaves them to their lease (Dynamo 13691, llm-d 1138: cancelled
+    /// requests strand what was reserved for them).
+    LeaseKept,
+    /// A sequence that stops waiting for its blocks does not give them back.
+    ClaimKept,
+    /// What follows a cached prefix is written from the sequence's start (vLLM 48633: trimmed from the wrong end).
+    WrongEnd,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::BrokenIsFinished,
         Self::Unverified,
         Self::StalePrefix,
         Self::TokenTwice,
         Self::SeedLost,
+        Self::LeaseKept,
+        Self::ClaimKept,
+        Self::WrongEnd,
     ];
 }
 

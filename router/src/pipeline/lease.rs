@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
+use planted::Bug;
 use proto::v1::{ReleaseRequest, ReserveRequest, ReserveResponse};
 use telemetry::shutdown::Tasks;
 use tokio::time::timeout;
@@ -69,7 +70,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if !self.is_used {
+        if !self.is_used && !planted::is(Bug::LeaseKept) {
             let release = release(Arc::clone(&self.worker), self.grant.clone());
             spawn(&self.tasks, release);
         }

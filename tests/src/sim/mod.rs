@@ -34,8 +34,11 @@ use world::Lives;
 
 /// Time of a simulation's step.
 const TICK: Duration = Duration::from_millis(5);
-/// After the last fault has healed, everything must be back to rest within this time.
+/// After the last fault has healed and the last client has heard how its request ended, everything must be back to
+/// rest within this time: leases that nobody could give back expire, connections that nobody could close time out.
 const REST: Duration = Duration::from_secs(90);
+/// As [`REST`], where every message arrived: nothing has to expire.
+const REST_CONNECTED: Duration = Duration::from_secs(2);
 
 /// What came of a run.
 #[derive(Debug)]
@@ -102,6 +105,10 @@ pub fn run_plan(seed: u64, plan: &Plan) -> Report {
     if !rested {
         violations.extend(lives.held().into_iter().map(Violation::Leak));
     }
+    if plan.is_connected() && lives.expired() > 0 {
+        let expired = format!("{} leases expired", lives.expired());
+        violations.push(Violation::Leak(expired));
+    }
     violations.extend(judge::judge(
         &plan.asks,
         &oracle::answers(&toy, &plan.asks),
@@ -152,6 +159,7 @@ fn alive(sim: &mut Sim<'_>, net: &Net, toy: &ToyConfig) -> Result<(), String> {
 
 /// Lets faults begin and end at their times.
 struct Driver {
+    rest: Duration,
     net: Net,
     due: Vec<(Duration, Act)>,
 }
@@ -173,7 +181,12 @@ impl Driver {
             }
         }
         due.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-        Self { net, due }
+        let rest = if plan.is_connected() {
+            REST_CONNECTED
+        } else {
+            REST
+        };
+        Self { rest, net, due }
     }
 
     /// Steps until every fault is over, every client knows how its request ended and everything is at rest; false when
@@ -195,14 +208,17 @@ impl Driver {
             if !self.due.is_empty() {
                 continue;
             }
-            let quiet_since = *quiet_since.get_or_insert(sim.elapsed());
             let is_over = outcomes
                 .iter()
                 .all(|outcome| !outcome.lock().ends.is_empty());
-            if is_over && lives.held().is_empty() {
+            if !is_over {
+                continue;
+            }
+            let quiet_since = *quiet_since.get_or_insert(sim.elapsed());
+            if lives.held().is_empty() {
                 return true;
             }
-            if sim.elapsed() > quiet_since + REST {
+            if sim.elapsed() > quiet_since + self.rest {
                 return false;
             }
         }
@@ -223,9 +239,9 @@ fn lasts(fault: &Fault) -> Option<Duration> {
 impl Act {
     fn happen(self, sim: &mut Sim<'_>, lives: &Lives, net: &Net) {
         match self {
-            Self::Begin(Fault::Crash { worker, .. }) => {
+            Self::Begin(Fault::Crash { host, .. }) => {
                 net.host_dies();
-                sim.crash(worker);
+                sim.crash(host);
                 // It may have ended by itself before: nothing was dropped then.
                 net.close();
             }
@@ -236,9 +252,9 @@ impl Act {
             Self::Begin(Fault::Slow { worker }) => lives.slow_down(&worker),
             Self::Begin(Fault::Flip { worker }) => net.flip(&worker),
             Self::Begin(Fault::Drain { worker, .. }) => lives.stop(&worker),
-            Self::Heal(Fault::Crash { worker, .. } | Fault::Drain { worker, .. }) => {
+            Self::Heal(Fault::Crash { host, .. } | Fault::Drain { worker: host, .. }) => {
                 net.host_dies();
-                sim.bounce(worker);
+                sim.bounce(host);
             }
             Self::Heal(Fault::Partition(link)) => sim.repair(link.from, link.to),
             Self::Heal(Fault::OneWay(link)) => sim.repair_oneway(link.from, link.to),

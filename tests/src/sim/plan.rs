@@ -39,10 +39,10 @@ pub struct Ask {
 /// Something that goes wrong, and for how long.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// A worker's process dies at once and starts anew.
+    /// The process of a worker, or the router's, dies at once and starts anew.
     Crash {
         /// Which.
-        worker: String,
+        host: String,
         /// When it starts anew.
         down: Duration,
     },
@@ -121,6 +121,16 @@ impl Plan {
         }
     }
 
+    /// Whether every worker hears in time what the router no longer wants: the router lives on, and no fault is between
+    /// two hosts.
+    pub fn is_connected(&self) -> bool {
+        self.faults.iter().all(|(_, fault)| match fault {
+            Fault::Crash { host, .. } => host != "router",
+            Fault::Slow { .. } | Fault::Flip { .. } | Fault::Drain { .. } => true,
+            Fault::Partition(_) | Fault::OneWay(_) | Fault::Hold(_) | Fault::Delay(..) => false,
+        })
+    }
+
     /// Names of all workers.
     pub fn workers(&self) -> Vec<String> {
         workers(self.prefills, self.decodes)
@@ -170,7 +180,11 @@ fn fault(random: &mut StdRng, workers: &[String]) -> Fault {
     let worker = workers[random.random_range(0..workers.len())].clone();
     match random.random_range(0..11) {
         0..=2 => Fault::Crash {
-            worker,
+            host: if random.random_bool(0.1) {
+                "router".into()
+            } else {
+                worker
+            },
             down: span(random),
         },
         3 => Fault::Partition(link(random, workers, worker)),

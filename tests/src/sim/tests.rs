@@ -13,7 +13,7 @@ use super::*;
 const SEEDS: u64 = 1000;
 const DEEP_SEEDS: u64 = 20_000;
 /// Seeds that are run twice.
-const REPEATED: u64 = 100;
+const REPEATED: u64 = 60;
 /// Threads that run seeds.
 const THREADS: usize = 2;
 

@@ -1,6 +1,7 @@
 //! The simulated hosts: the router and the workers as they run in production, over simulated connections.
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Weak},
     time::Duration,
@@ -13,7 +14,7 @@ use router::{
     discovery,
     seams::{Entropy, Seams},
 };
-use telemetry::{health::Health, metrics::Metrics};
+use telemetry::{definitions, health::Health, metrics::Metrics};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use turmoil::Sim;
@@ -45,6 +46,8 @@ pub(super) struct Life {
     pub engine: Weak<Handle>,
     /// What it found wrong with KV bytes.
     pub violations: mpsc::UnboundedReceiver<String>,
+    /// What it counted.
+    pub metrics: Metrics,
     /// Asks it to leave.
     pub stop: CancellationToken,
 }
@@ -59,6 +62,8 @@ struct State {
     started: BTreeMap<String, u32>,
     slow: BTreeSet<String>,
     violations: Vec<String>,
+    /// Leases of former lives that expired.
+    expired: u64,
 }
 
 impl Lives {
@@ -100,6 +105,7 @@ impl Lives {
             while let Ok(violation) = old.violations.try_recv() {
                 state.violations.push(format!("{worker}: {violation}"));
             }
+            state.expired += expired(&old);
         }
     }
 
@@ -117,6 +123,12 @@ impl Lives {
         state.violations.clone()
     }
 
+    /// Leases that ended because nobody used them or gave them back, over all lives of all workers.
+    pub(super) fn expired(&self) -> u64 {
+        let state = self.0.lock();
+        state.expired + state.last.values().map(expired).sum::<u64>()
+    }
+
     /// What the workers still hold; empty when all blocks, leases and sequences are back.
     pub(super) fn held(&self) -> Vec<String> {
         let state = self.0.lock();
@@ -126,6 +138,17 @@ impl Lives {
             .filter_map(|(name, life)| held(name, life))
             .collect()
     }
+}
+
+fn expired(life: &Life) -> u64 {
+    let name = definitions::KV_LEASE_EXPIRATIONS.name;
+    let families = life.metrics.registry().gather();
+    let family = families.iter().find(|family| family.name() == name);
+    let series = family.map_or(&[][..], |family| family.get_metric());
+    series
+        .iter()
+        .map(|one| one.get_counter().get_value() as u64)
+        .sum()
 }
 
 fn held(name: &str, life: &Life) -> Option<String> {
@@ -162,24 +185,32 @@ pub(super) fn populate(
         };
         let (name, lives, net) = (name.clone(), lives.clone(), net.clone());
         sim.host(name.clone(), move || {
-            // Of a life before this one that had ended by itself.
-            net.close();
-            let last = LastAct(net.clone());
             let life = work(name.clone(), role, toy.clone(), lives.clone(), net.clone());
-            async move {
-                let _last = last;
-                life.await
-            }
+            mortal(&net, life)
         });
     }
     let addresses: Vec<String> = names.iter().map(|name| format!("{name}:{GRPC}")).collect();
     let net = net.clone();
+    let started = Cell::new(0);
     sim.host("router", move || {
-        route(seed, addresses.clone(), net.clone())
+        // Another life draws other names.
+        let seed = seed ^ (started.replace(started.get() + 1) << 32);
+        mortal(&net, route(seed, addresses.clone(), net.clone()))
     });
 }
 
-/// Closes the connections of a worker that dies, when the rest of it is gone.
+/// A life of a host, whose connections close in an order of their own when it dies.
+fn mortal<F: Future>(net: &Net, life: F) -> impl Future<Output = F::Output> + use<F> {
+    // Those of a life before this one that had ended by itself.
+    net.close();
+    let last = LastAct(net.clone());
+    async move {
+        let _last = last;
+        life.await
+    }
+}
+
+/// Closes the connections of a host that dies, when the rest of it is gone.
 struct LastAct(Net);
 
 impl Drop for LastAct {
@@ -201,11 +232,13 @@ async fn work(name: String, role: Role, toy: ToyConfig, lives: Lives, net: Net) 
     } = Scripted::paced(&toy, options, lives.pace(&name), true);
     tokio::spawn(stepper.run());
     let stop = CancellationToken::new();
+    let metrics = Metrics::new(&[])?;
     let life = Life {
         number,
         pool: engine.pool().clone(),
         engine: Arc::downgrade(&engine),
         violations,
+        metrics: metrics.clone(),
         stop: stop.clone(),
     };
     lives.register(&name, life);
@@ -226,7 +259,7 @@ async fn work(name: String, role: Role, toy: ToyConfig, lives: Lives, net: Net) 
     let outside = worker::Outside {
         engine,
         dial: net.dial(),
-        metrics: Metrics::new(&[])?,
+        metrics,
         health: Health::new(),
     };
     let incoming = worker::Incoming {
