@@ -74,12 +74,15 @@ class HuggingFace:
         self.vocab = self.model.config.vocab_size
 
     @torch.no_grad()
-    def seconds(self, what, batch, tokens, steps):
+    def seconds(self, name, what, batch, tokens, steps):
+        """A step or steps with experts computed as `name` says; what comes before the clock starts, as it pleases."""
+        self.model.set_experts_implementation(name if what == "prefill" else self.names[0])
         ids = torch.arange(batch * tokens).mul(31).remainder(self.vocab).view(batch, tokens)
         start = self.clock()
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         if what == "prefill":
             return self.clock() - start
+        self.model.set_experts_implementation(name)
         next_ids = ids[:, :1]
         start = self.clock()
         for _ in range(steps):
@@ -93,13 +96,22 @@ class HuggingFace:
 
     def variants(self):
         """Ways of computing experts that work here."""
-        for name in ("eager", "grouped_mm", "batched_mm"):
+        names = []
+        for name in ("grouped_mm", "eager", "batched_mm"):
             try:
-                self.model.set_experts_implementation(name)
-                self.seconds("prefill", 1, 8, None)
-                yield name
+                self.names = [name]
+                self.seconds(name, "prefill", 1, 8, None)
+                names.append(name)
             except Exception as error:  # an implementation this machine or version lacks
                 print(f"({name} on {self.dtype}: {type(error).__name__})")
+        self.names = names
+        return names
+
+    def fits(self, name, tokens):
+        """Whether a step's weights fit in memory: batched products copy the weights of every token's experts."""
+        config = self.model.config
+        expert = 3 * config.hidden_size * config.moe_intermediate_size * self.dtype.itemsize
+        return name != "batched_mm" or tokens * config.num_experts_per_tok * expert < 2 << 30
 
 
 def measure(directory, precision, rounds, threads):
@@ -117,10 +129,10 @@ def measure(directory, precision, rounds, threads):
             print(f"{what} {batch}: round {done + 1}", file=sys.stderr)
             for number, (model, name) in enumerate(others):
                 # After the first round only what came within half again of the best goes on.
-                if done and theirs[number][0] > 1.5 * min(t[0] for t in theirs.values()):
+                if done and (number not in theirs or theirs[number][0] > 1.5 * min(t[0] for t in theirs.values())):
                     continue
-                model.model.set_experts_implementation(name)
-                theirs.setdefault(number, []).append(model.seconds(*case))
+                if model.fits(name, batch * (tokens if what == "prefill" else 1)):
+                    theirs.setdefault(number, []).append(model.seconds(name, *case))
         best = min(theirs, key=lambda number: statistics.median(theirs[number]))
         count = batch * (steps if what == "decode" else tokens)
         mine, its = statistics.median(ours), statistics.median(theirs[best])

@@ -1,5 +1,7 @@
 //! Checked slices of tensors: between the trait's shapes and the kernels' loops.
 
+use std::cell::RefCell;
+
 use bytemuck::Pod;
 
 use super::memory::Memory;
@@ -238,20 +240,8 @@ impl<'a> Sink<'a> {
             // SAFETY: row `t` is this caller's by contract.
             unsafe { plain.part(t * self.cols, self.cols) }.copy_from_slice(row);
         }
-        if let Some((data, scales, format)) = &self.quantised {
-            let blocks = self.cols.div_ceil(fp8::BLOCK);
-            // SAFETY: row `t` is this caller's by contract.
-            let (data, scales) = unsafe {
-                (
-                    data.part(t * self.cols, self.cols),
-                    scales.part(t * blocks, blocks),
-                )
-            };
-            match self.isa {
-                None => reference::quantise_row(row, *format, data, scales),
-                Some(isa) => fast::quantise_row(isa, row, *format, data, scales),
-            }
-        }
+        // SAFETY: row `t` is this caller's by contract.
+        unsafe { self.quantise(t, row) };
     }
 
     /// Stores row `t` as `write` fills it.
@@ -259,14 +249,45 @@ impl<'a> Sink<'a> {
     /// # Safety
     /// No two threads fill the same row at once.
     pub(super) unsafe fn fill(&self, t: usize, write: impl FnOnce(&mut [f32])) {
-        if let (Some(plain), None) = (&self.plain, &self.quantised) {
+        thread_local! {
+            /// A row that is only kept quantised.
+            static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        if let Some(plain) = &self.plain {
             // SAFETY: row `t` is this caller's by contract.
-            write(unsafe { plain.part(t * self.cols, self.cols) });
+            let row = unsafe { plain.part(t * self.cols, self.cols) };
+            write(row);
+            // SAFETY: as above.
+            unsafe { self.quantise(t, row) };
         } else {
-            let mut row = vec![0.0; self.cols];
-            write(&mut row);
-            // SAFETY: row `t` is this caller's by contract.
-            unsafe { self.put(t, &row) };
+            ROW.with_borrow_mut(|row| {
+                row.resize(self.cols, 0.0);
+                write(row);
+                // SAFETY: row `t` is this caller's by contract.
+                unsafe { self.quantise(t, row) };
+            });
+        }
+    }
+
+    /// Stores row `t` quantised, if asked for.
+    ///
+    /// # Safety
+    /// No two threads quantise the same row at once.
+    unsafe fn quantise(&self, t: usize, row: &[f32]) {
+        let Some((data, scales, format)) = &self.quantised else {
+            return;
+        };
+        let blocks = self.cols.div_ceil(fp8::BLOCK);
+        // SAFETY: row `t` is this caller's by contract.
+        let (data, scales) = unsafe {
+            (
+                data.part(t * self.cols, self.cols),
+                scales.part(t * blocks, blocks),
+            )
+        };
+        match self.isa {
+            None => reference::quantise_row(row, *format, data, scales),
+            Some(isa) => fast::quantise_row(isa, row, *format, data, scales),
         }
     }
 }

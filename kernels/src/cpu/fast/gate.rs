@@ -1,15 +1,19 @@
 //! The gate: scores in vectors, and the reference's choices found in one pass.
 
-use super::rows::{each_row, vectors};
+use std::ops::Range;
+
+use super::rows::{some_rows, vectors};
 use crate::backend::GateShape;
 use crate::cpu::pool::{Pool, Split};
-use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
+use crate::cpu::simd::{Isa, Kernel, Simd};
 use crate::cpu::views::Rows;
 
-/// `sigmoid(x W^T)` of one row.
+/// `sigmoid(x W^T)` of some rows.
 struct Scores<'a> {
-    x: &'a [f32],
+    x: Rows<'a>,
+    rows: Range<usize>,
     weight: &'a [f32],
+    /// `[rows, experts]`
     out: &'a mut [f32],
 }
 
@@ -18,36 +22,68 @@ impl Kernel for Scores<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (len, count) = (self.x.len(), self.out.len());
-        assert!(self.weight.len() == len * count);
-        let (x, weight) = (self.x.as_ptr(), self.weight.as_ptr());
-        let out = self.out.as_mut_ptr();
+        let (len, rows) = (self.x.cols, self.rows.len());
+        let count = self.out.len() / rows.max(1);
+        assert!(self.weight.len() == len * count && self.out.len() == rows * count);
+        let (weight, out) = (self.weight.as_ptr(), self.out.as_mut_ptr());
+        let x = |i: usize| self.x.row(self.rows.start + i).as_ptr();
         // SAFETY: the slices have these sizes (assert above).
         unsafe {
-            for e in (0..count).step_by(4) {
-                // The last experts again where four do not fit, so that all sums are made alike.
-                let rows: [usize; 4] = std::array::from_fn(|j| (e + j).min(count - 1));
-                let mut sums = [S::splat(0.0); 4];
-                let whole = len / LANES * LANES;
-                for i in (0..whole).step_by(LANES) {
-                    let x = S::load(x.add(i));
-                    for j in 0..4 {
-                        sums[j] = S::fma(x, S::load(weight.add(rows[j] * len + i)), sums[j]);
-                    }
-                }
-                let x = S::load_first(x.add(whole), len - whole);
-                for j in 0..4 {
-                    let w = S::load_first(weight.add(rows[j] * len + whole), len - whole);
-                    sums[j] = S::fma(x, w, sums[j]);
-                }
-                for (row, z) in rows.into_iter().zip(S::sum4(sums)) {
-                    *out.add(row) = z;
+            let mut i = 0;
+            while i < rows {
+                let out = out.add(i * count);
+                // Weights that are read once for four rows: all of them do not fit the first-level cache.
+                if S::WIDE && i + 4 <= rows {
+                    logits::<S, 4>([0, 1, 2, 3].map(|j| x(i + j)), len, weight, count, out);
+                    i += 4;
+                } else {
+                    logits::<S, 1>([x(i)], len, weight, count, out);
+                    i += 1;
                 }
             }
-            for (i, n) in vectors(count) {
+            for (i, n) in vectors(rows * count) {
                 let exp = S::exp(S::sub(S::splat(0.0), S::load_first(out.add(i), n)));
                 let sigmoid = S::div(S::splat(1.0), S::add(S::splat(1.0), exp));
                 S::store_first(out.add(i), n, sigmoid);
+            }
+        }
+    }
+}
+
+/// `x W^T` of `R` rows of `len` values with `count` rows of weights.
+///
+/// # Safety
+/// The pointers are good for that.
+#[inline(always)]
+unsafe fn logits<S: Simd, const R: usize>(
+    x: [*const f32; R],
+    len: usize,
+    weight: *const f32,
+    count: usize,
+    out: *mut f32,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        for e in (0..count).step_by(4) {
+            // The last experts again where four do not fit, so that all sums are made alike.
+            let experts: [usize; 4] = std::array::from_fn(|j| (e + j).min(count - 1));
+            let mut sums = [[S::splat(0.0); 4]; R];
+            for (i, n) in vectors(len) {
+                let mut w = [S::splat(0.0); 4];
+                for j in 0..4 {
+                    w[j] = S::load_first(weight.add(experts[j] * len + i), n);
+                }
+                for r in 0..R {
+                    let x = S::load_first(x[r].add(i), n);
+                    for j in 0..4 {
+                        sums[r][j] = S::fma(x, w[j], sums[r][j]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for (e, z) in experts.into_iter().zip(S::sum4(sums[r])) {
+                    *out.add(r * count + e) = z;
+                }
             }
         }
     }
@@ -68,19 +104,27 @@ pub(in crate::cpu) fn gate(
     let top_k = shape.top_k;
     let rows = experts.len() / top_k;
     let (all_experts, all_weights) = (Split::new(experts), Split::new(weights));
-    each_row(pool, rows, x.cols * shape.experts / 8, &|t| {
-        let mut scores = vec![0.0; shape.experts];
-        let out = &mut scores[..];
-        let x = x.row(t);
-        // SAFETY: the kernel checks its slices; one task has row `t`.
-        let (experts, weights) = unsafe {
-            isa.run(Scores { x, weight, out });
-            (
-                all_experts.part(t * top_k, top_k),
-                all_weights.part(t * top_k, top_k),
-            )
-        };
-        choose(&scores, bias, shape, experts, weights);
+    some_rows(pool, rows, x.cols * shape.experts / 8, &|rows| {
+        let mut scores = vec![0.0; rows.len() * shape.experts];
+        // SAFETY: the kernel checks its slices.
+        unsafe {
+            isa.run(Scores {
+                x,
+                rows: rows.clone(),
+                weight,
+                out: &mut scores,
+            });
+        }
+        for (t, scores) in rows.zip(scores.chunks_exact(shape.experts)) {
+            // SAFETY: one task has row `t`.
+            let (experts, weights) = unsafe {
+                (
+                    all_experts.part(t * top_k, top_k),
+                    all_weights.part(t * top_k, top_k),
+                )
+            };
+            choose(scores, bias, shape, experts, weights);
+        }
     });
     // SAFETY: the region above has ended.
     for e in unsafe { all_experts.part(0, rows * top_k) } {

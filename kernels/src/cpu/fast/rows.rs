@@ -1,5 +1,7 @@
 //! Operations on single rows, in vectors and, where there are many rows, on all threads.
 
+use std::ops::Range;
+
 use crate::backend::ScaleFormat;
 use crate::cpu::pool::{Pool, Split};
 use crate::cpu::reference;
@@ -15,8 +17,18 @@ const STEP: usize = 8;
 
 /// Runs `task` for every row, `cost` values each.
 pub(super) fn each_row(pool: &mut Pool, rows: usize, cost: usize, task: &(dyn Fn(usize) + Sync)) {
+    some_rows(pool, rows, cost, &|some| some.for_each(task));
+}
+
+/// Runs `task` for all rows, a few at a time, `cost` values each row.
+pub(super) fn some_rows(
+    pool: &mut Pool,
+    rows: usize,
+    cost: usize,
+    task: &(dyn Fn(Range<usize>) + Sync),
+) {
     pool.run(rows.div_ceil(STEP), rows * cost < ALONE, &|i| {
-        (i * STEP..rows.min((i + 1) * STEP)).for_each(task);
+        task(i * STEP..rows.min((i + 1) * STEP));
     });
 }
 
