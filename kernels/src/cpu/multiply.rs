@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::fast::{self, CHUNK, Packed, Part, Row};
-use super::views::{Acts, Rows, shape};
+use super::views::{Acts, shape};
 use super::weights::Matrix;
 use super::{Cpu, Stream, reference};
 use crate::backend::{HostMatrix, Precision, Result};
@@ -209,7 +209,11 @@ fn plain(
 /// Whether all groups' inputs are BF16 values that tiles multiply as float32 does: none so small that its products with
 /// FP8 values could be subnormal.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-fn exact_in_bf16(rows: Rows<'_>, x_row: &dyn Fn(usize) -> usize, groups: &[Group<'_>]) -> bool {
+fn exact_in_bf16(
+    rows: super::views::Rows<'_>,
+    x_row: &dyn Fn(usize) -> usize,
+    groups: &[Group<'_>],
+) -> bool {
     const SMALLEST: f32 = 1e-30;
     let exact = |x: f32| {
         x.to_bits().trailing_zeros() >= 16 && (x == 0.0 || x.abs() >= SMALLEST || x.is_nan())

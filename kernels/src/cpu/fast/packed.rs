@@ -33,6 +33,10 @@ pub(in crate::cpu) struct Packed {
     pub(in crate::cpu) cols: usize,
     pub(super) form: Form,
     /// Whether `tile_products` may use them: FP8 without NaN, on a processor with tiles.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        expect(dead_code, reason = "no tiles there")
+    )]
     pub(in crate::cpu) tiles: bool,
     data: Memory,
     /// Rows of each panel.

@@ -318,6 +318,75 @@ fn a_query_has_the_same_bits_however_the_step_is_cut() {
     }
 }
 
+/// A query that is not a number shows in its head's result alone, a cache entry in those of its sequence's tokens that
+/// see it; everything else has the bits it has without them.
+#[test]
+fn nan_stays_with_the_queries_and_tokens_it_touches() {
+    let mut random = Random::new(35);
+    let (heads, latent, rope) = (8, 48, 16);
+    let width = latent + rope;
+    let step = Step::new(&mut random, &[(3, 70), (6, 40), (2, 130)]);
+    let q = random.values(step.rows() * heads * width);
+    let entries = random.values(step.context() * width);
+    let kv = random.values(step.context() * heads * 2 * latent);
+    // Row 4, the second sequence's second query, in head 5; that sequence's token 37, which its last three rows see.
+    let (row, head, token) = (4, 5, 37);
+    let touched = |t: usize, h: usize| (t, h) == (row, head) || (6..9).contains(&t);
+    let (mut bad_q, mut bad_entries, mut bad_kv) = (q.clone(), entries.clone(), kv.clone());
+    bad_q[(row * heads + head) * width + 3] = f32::NAN;
+    bad_entries[(70 + token) * width + 7] = f32::NAN;
+    bad_kv[(70 + token) * heads * 2 * latent..][..heads * 2 * latent].fill(f32::NAN);
+    for cpu in backends() {
+        let stream = &mut cpu.stream().unwrap();
+        let seqs = step.sequences(&cpu);
+        let mut absorbed = |q: &[f32], entries: &[f32]| {
+            let cache = step.cache(&cpu, entries, width, DType::Bf16);
+            let q = tensor(&cpu, heads * width, q);
+            let mut out = poisoned(&cpu, step.rows(), heads * latent);
+            let rows = step.rows();
+            cpu.attend_absorbed(stream, &q, &cache, 1, &seqs, heads, 0.2, rows, &mut out)
+                .unwrap();
+            floats(&out)
+        };
+        let pairs = [(
+            absorbed(&q, &entries),
+            absorbed(&bad_q, &bad_entries),
+            "absorbed",
+        )];
+        let start = ints(&cpu, 1, &[0, 70, 110, 240]);
+        let ropes = tensor(&cpu, rope, &random.values(step.context() * rope));
+        let mut expanded = |q: &[f32], kv: &[f32]| {
+            let (q, kv) = (
+                tensor(&cpu, heads * width, q),
+                tensor(&cpu, heads * 2 * latent, kv),
+            );
+            let mut out = poisoned(&cpu, step.rows(), heads * latent);
+            let rows = step.rows();
+            cpu.attend_expanded(
+                stream, &q, &kv, &ropes, &seqs, &start, heads, 0.2, rows, &mut out,
+            )
+            .unwrap();
+            floats(&out)
+        };
+        let other = (expanded(&q, &kv), expanded(&bad_q, &bad_kv), "expanded");
+        for (good, bad, form) in pairs.into_iter().chain([other]) {
+            for (i, (good, bad)) in good.iter().zip(&bad).enumerate() {
+                let (t, h) = (i / (heads * latent), i / latent % heads);
+                assert!(good.is_finite());
+                if touched(t, h) {
+                    assert!(bad.is_nan(), "{form} {cpu:?}: row {t}, head {h}");
+                } else {
+                    assert_eq!(
+                        good.to_bits(),
+                        bad.to_bits(),
+                        "{form} {cpu:?}: row {t}, head {h}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn cache_entries_are_normalised_rotated_and_read_back() {
     let mut random = Random::new(33);
