@@ -207,14 +207,14 @@ fn plain(
 }
 
 /// Whether all groups' inputs are BF16 values that tiles multiply as float32 does: none so small that its products with
-/// FP8 values could be subnormal.
+/// weights for tiles could be subnormal.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn exact_in_bf16(
     rows: super::views::Rows<'_>,
     x_row: &dyn Fn(usize) -> usize,
     groups: &[Group<'_>],
 ) -> bool {
-    const SMALLEST: f32 = 1e-30;
+    const SMALLEST: f32 = 1e-12;
     let exact = |x: f32| {
         x.to_bits().trailing_zeros() >= 16 && (x == 0.0 || x.abs() >= SMALLEST || x.is_nan())
     };

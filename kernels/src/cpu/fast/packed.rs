@@ -32,7 +32,7 @@ pub(in crate::cpu) struct Packed {
     pub(in crate::cpu) rows: usize,
     pub(in crate::cpu) cols: usize,
     pub(super) form: Form,
-    /// Whether `tile_products` may use them: FP8 without NaN, on a processor with tiles.
+    /// Whether `tile_products` may use them, on a processor with tiles.
     #[cfg_attr(
         not(all(target_arch = "x86_64", target_os = "linux")),
         expect(dead_code, reason = "no tiles there")
@@ -55,9 +55,12 @@ impl Packed {
                 Form::F32,
                 pack(values, cols, &panels, arena.zeroed(4 * len)?, |i| i),
             ),
-            // Word 2j is row j, word 2j + 1 row 16 + j (`Simd::bf16_pair`).
+            // Two columns of the first 16 rows, words 2j and 2j + 1 of row j (`Simd::bf16_pair`), then of the others.
             Values::Bf16(values) => {
-                let place = |i| i / PANEL * PANEL + i % 16 * 2 + i % PANEL / 16;
+                let place = |i: usize| {
+                    let (col, row) = (i / PANEL, i % PANEL);
+                    col / 2 * 2 * PANEL + row / 16 * PANEL + row % 16 * 2 + col % 2
+                };
                 (
                     Form::Bf16,
                     pack::<bf16>(values, cols, &panels, arena.zeroed(2 * len)?, place),
@@ -75,8 +78,7 @@ impl Packed {
                 )
             }
         };
-        let nan = |values: &[u8]| values.iter().any(|byte| byte & 0x7f == 0x7f);
-        let tiles = isa.tiles() && cols > 0 && matches!(&matrix.values, Values::Fp8(v) if !nan(v));
+        let tiles = isa.tiles() && cols > 0 && suits_tiles(&matrix.values);
         let mut scales = Vec::new();
         if form == Form::Fp8 {
             for panel in &panels {
@@ -122,6 +124,20 @@ impl Packed {
             Form::Fp8 => self.scales[panel * self.cols.div_ceil(fp8::BLOCK) + block],
             _ => 1.0,
         }
+    }
+}
+
+/// Whether tiles give these weights' products: FP8 without NaN, or BF16 without values so small that products with inputs
+/// of 1e-12 and more, or sums of them, could be subnormal.
+fn suits_tiles(values: &Values) -> bool {
+    const SMALLEST: bf16 = bf16::from_bits(57 << 7); // 2^-70
+    match values {
+        Values::Fp8(values) => values.iter().all(|byte| byte & 0x7f != 0x7f),
+        Values::Bf16(values) => values.iter().all(|v| {
+            let magnitude = v.to_bits() & 0x7fff;
+            magnitude == 0 || magnitude >= SMALLEST.to_bits()
+        }),
+        Values::F32(_) => false,
     }
 }
 

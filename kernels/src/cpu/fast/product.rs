@@ -120,7 +120,11 @@ impl Load for bf16 {
     #[inline(always)]
     unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
         // SAFETY: the caller's.
-        unsafe { [S::bf16_pair(p), S::bf16_pair(p.add(PANEL))] }
+        unsafe {
+            let [a0, b0] = S::bf16_pair(p);
+            let [a1, b1] = S::bf16_pair(p.add(PANEL));
+            [[a0, a1], [b0, b1]]
+        }
     }
 }
 

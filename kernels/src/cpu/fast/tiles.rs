@@ -1,4 +1,4 @@
-//! The product with AMX tiles: FP8 weights with inputs that are BF16 values, to the bits of `product`.
+//! The product with AMX tiles: FP8 and BF16 weights with inputs that are BF16 values, to the bits of `product`.
 //!
 //! A task takes some rows and some panels. It brings its rows' inputs to tiles once, then, panel by panel, a block of
 //! 128 inputs' weights to tiles, and multiplies the two.
@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::packed::{PANEL, Packed};
+use super::packed::{Form, PANEL, Packed};
 use super::product::{Part, Row};
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::amx::{self, Source, Tiles};
@@ -41,7 +41,7 @@ struct Tile(#[expect(dead_code, reason = "read through pointers")] [u8; amx::ROW
 ///
 /// # Safety
 /// The processor has AMX. Every row's inputs (exact in BF16), scales and outputs are good for its part's weights, those
-/// are FP8 without NaN, and nothing else touches the outputs.
+/// are for tiles, and nothing else touches the outputs.
 pub(in crate::cpu) unsafe fn tile_products<T: Source>(
     pool: &mut Pool,
     rows: &[Row<T>],
@@ -179,12 +179,16 @@ impl<T: Source> Product<'_, T> {
             for block in 0..padded.div_ceil(fp8::BLOCK) {
                 let first = block * fp8::BLOCK;
                 let chunks = (padded - first).min(fp8::BLOCK) / amx::INPUTS;
-                for line in 0..chunks * amx::ROWS {
-                    let to = weights
-                        .add((line / amx::ROWS * 2 * amx::ROWS + line % amx::ROWS) * amx::ROW);
-                    let from = packed.add((first / 2 + line) * 2 * PANEL);
-                    amx::unpack(from, to, to.add(amx::ROWS * amx::ROW));
-                }
+                // BF16 weights lie in memory as tiles have them.
+                let weights = if self.weight.form == Form::Bf16 {
+                    packed.add(first * PANEL * 2).cast_mut()
+                } else {
+                    for pair in 0..chunks * amx::INPUTS / 2 {
+                        let from = packed.add((first + 2 * pair) * PANEL);
+                        amx::unpack(from, weights.add(pair * 2 * amx::ROW));
+                    }
+                    weights
+                };
                 let scale = self.weight.scale(panel, block);
                 for pair in 0..self.rows.len().div_ceil(2 * height) {
                     let (start, tiles) = self.pair(pair, height);

@@ -90,7 +90,7 @@ impl Tiles {
         Self { rows }
     }
 
-    /// Products of two input tiles, one after the other in memory, with two weight tiles likewise, summed over
+    /// Products of two input tiles, one after the other in memory, with two weight tiles whose rows alternate, summed over
     /// `count >= 1` such pairs; the four output tiles (first inputs with both weights, then the second) go to `out`.
     ///
     /// # Safety
@@ -112,11 +112,11 @@ impl Tiles {
                 "tilezero tmm2",
                 "tilezero tmm3",
                 "2:",
-                "tileloadd tmm6, [{b} + {row}]",
+                "tileloadd tmm6, [{b} + 2 * {row}]",
                 "tileloadd tmm4, [{a} + {row}]",
                 "add {a}, {size}",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b} + {row} + 1024]",
+                "tileloadd tmm7, [{b} + 2 * {row} + 64]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tileloadd tmm5, [{a} + {row}]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
@@ -164,9 +164,9 @@ impl Tiles {
                 "tilezero tmm1",
                 "2:",
                 "tileloadd tmm4, [{a} + {row}]",
-                "tileloadd tmm6, [{b} + {row}]",
+                "tileloadd tmm6, [{b} + 2 * {row}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b} + {row} + 1024]",
+                "tileloadd tmm7, [{b} + 2 * {row} + 64]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "add {a}, {size}",
                 "add {b}, 2048",
@@ -195,15 +195,15 @@ impl Drop for Tiles {
     }
 }
 
-/// Weight tiles of a pair of columns in `FP8_ORDER`, from 64 bytes without NaN: a row of the first 16 outputs' tile and
+/// Weights of a pair of columns in `FP8_ORDER`, 64 bytes without NaN, as BF16: a row of the first 16 outputs' tile and
 /// one of the others'. The bytes of a BF16 value are linear in the bits of a normal FP8 value; a look-up gives the
 /// others.
 ///
 /// # Safety
-/// `packed` and both rows are 64 bytes; the processor has AVX-512 (BW, VBMI) and GFNI.
+/// `packed` is 64 bytes, `to` twice as many; the processor has AVX-512 (BW, VBMI) and GFNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
 #[inline]
-pub(in crate::cpu) unsafe fn unpack(packed: *const u8, first: *mut u8, second: *mut u8) {
+pub(in crate::cpu) unsafe fn unpack(packed: *const u8, to: *mut u8) {
     /// Bits 3 to 0 become bits 7 to 4: the exponent's last bit and the fraction.
     const LOW_BITS: i64 = 0x0102_0408;
     /// Sign and the exponent's other bits plus 60: its first bit, that bit's opposite four times, the other two.
@@ -223,8 +223,8 @@ pub(in crate::cpu) unsafe fn unpack(packed: *const u8, first: *mut u8, second: *
             _mm512_mask_permutexvar_epi8(high, small, bytes, high_table),
             bytes,
         );
-        _mm512_storeu_si512(first.cast(), _mm512_unpacklo_epi8(low, high));
-        _mm512_storeu_si512(second.cast(), _mm512_unpackhi_epi8(low, high));
+        _mm512_storeu_si512(to.cast(), _mm512_unpacklo_epi8(low, high));
+        _mm512_storeu_si512(to.add(ROW).cast(), _mm512_unpackhi_epi8(low, high));
     }
 }
 

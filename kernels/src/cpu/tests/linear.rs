@@ -1,8 +1,10 @@
 //! Products: dense, per head and by expert.
 
+use half::bf16;
+
 use super::{
-    Checkpoint, Random, backends, check, dequantised, floats, ints, poisoned, poisoned_quantised,
-    tensor,
+    Checkpoint, Cpu, Random, Stream, backends, check, dequantised, floats, ints, poisoned,
+    poisoned_quantised, tensor,
 };
 use crate::backend::{Backend, Dispatch, Input, Precision, ScaleFormat};
 use crate::tensor::DType;
@@ -130,6 +132,94 @@ fn a_row_has_the_same_bits_whatever_rows_are_beside_it() {
                     all[..rows * n],
                     "{rows} rows, {precision:?}, {cpu:?}"
                 );
+            }
+        }
+    }
+}
+
+/// Inputs that are BF16 values, which the processor's tiles may multiply, among them zeros; weights with zeros, the
+/// smallest and the largest values; and both with what tiles cannot do.
+#[test]
+fn inputs_that_are_bf16_values_give_the_same_bits_in_tiles_and_in_vectors() {
+    let mut random = Random::new(7);
+    for (rows, n, k) in [
+        (1, 32, 32),
+        (5, 70, 100),
+        (16, 33, 128),
+        (33, 64, 290),
+        (401, 40, 64),
+    ] {
+        for (dtype, precision) in FORMS {
+            for odd in [
+                None,
+                Some(f32::NAN),
+                Some(f32::MIN_POSITIVE),
+                Some(1.000_01),
+            ] {
+                let mut x = random.values(rows * k);
+                for v in &mut x {
+                    *v = bf16::from_f32(*v).to_f32();
+                    if random.below(9) == 0 {
+                        *v = 0.0;
+                    }
+                }
+                let mut weight = Checkpoint::random(&mut random, dtype, n, k);
+                if dtype == DType::Fp8 {
+                    for byte in 0..n.min(k) {
+                        // Every value but NaN, the subnormal ones first.
+                        weight.data[byte * 7 % (n * k)] = (byte as u8 & 0x7f).min(0x7e);
+                    }
+                }
+                let want = product(&x, &[&weight]);
+                if let Some(odd) = odd {
+                    // One value in the last row; the others' products are the same.
+                    x[rows * k - 3] = odd;
+                }
+                let last = (rows - 1) * n;
+                let run = |cpu: &Cpu, stream: &mut Stream, rows: usize| {
+                    let linear = cpu.linear(&[weight.host()], precision).unwrap();
+                    let mut out = poisoned(cpu, rows, n);
+                    let x = tensor(cpu, k, &x[..rows * k]);
+                    cpu.matmul(stream, Input::Plain(&x), &linear, rows, &mut out)
+                        .unwrap();
+                    floats(&out)
+                };
+                let what = format!("{rows} {n} {k} {precision:?} {odd:?}");
+                check(&what, &want[..last], SUMS, |cpu, stream| {
+                    let out = run(cpu, stream, rows);
+                    let nan = odd.is_some_and(f32::is_nan);
+                    assert!(out[last..].iter().all(|v| v.is_nan() == nan), "{what}");
+                    if rows > 1 {
+                        assert_eq!(run(cpu, stream, rows - 1), out[..last], "{what} {cpu:?}");
+                    }
+                    out[..last].to_vec()
+                });
+                if odd.is_none() {
+                    check(&what, &want, SUMS, |cpu, stream| run(cpu, stream, rows));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_no_numbers_show_in_their_outputs_alone() {
+    let mut random = Random::new(8);
+    let (rows, n, k) = (20, 70, 96);
+    for (dtype, precision) in FORMS {
+        let mut weight = Checkpoint::random(&mut random, dtype, n, k);
+        let at = (33 * k + 5) * dtype.bytes();
+        weight.data[at..at + dtype.bytes()].fill(0xff);
+        let x: Vec<f32> = (0..rows * k).map(|i| (i % 7) as f32 - 3.5).collect();
+        for cpu in backends() {
+            let linear = cpu.linear(&[weight.host()], precision).unwrap();
+            let mut out = poisoned(&cpu, rows, n);
+            let x = tensor(&cpu, k, &x);
+            let stream = &mut cpu.stream().unwrap();
+            cpu.matmul(stream, Input::Plain(&x), &linear, rows, &mut out)
+                .unwrap();
+            for (i, v) in floats(&out).iter().enumerate() {
+                assert_eq!(v.is_nan(), i % n == 33, "{precision:?} {cpu:?} {i}");
             }
         }
     }

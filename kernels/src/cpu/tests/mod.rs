@@ -141,7 +141,7 @@ pub(super) struct Checkpoint {
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) dtype: DType,
-    data: Vec<u8>,
+    pub(super) data: Vec<u8>,
     scales: Vec<f32>,
 }
 
