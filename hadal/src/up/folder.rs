@@ -103,10 +103,7 @@ fn remove_left_behind(base: &Path, user: u32) {
         let path = entry.path();
         let is_ours = fs::symlink_metadata(&path).is_ok_and(|it| it.is_dir() && it.uid() == user);
         // Without a lock in it, it is not of our making, or just being made.
-        let Some(lock) = File::open(path.join(LOCK)).ok().filter(|_| is_ours) else {
-            continue;
-        };
-        if lock.try_lock().is_ok() {
+        if is_ours && File::open(path.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_ok()) {
             let _ = fs::remove_dir_all(&path);
         }
     }
