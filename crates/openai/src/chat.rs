@@ -101,7 +101,7 @@ struct RawMessage {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of content parts")]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -345,24 +345,6 @@ pub struct Alternative {
     pub logprob: f32,
     /// As [`TokenLogprob::bytes`].
     pub bytes: Vec<u8>,
-}
-
-/// A piece of a streamed answer.
-#[derive(Clone, Debug, Serialize)]
-pub struct Chunk<'a> {
-    /// The same in every chunk.
-    pub id: &'a str,
-    /// `chat.completion.chunk`
-    pub object: &'static str,
-    /// The same in every chunk.
-    pub created: u64,
-    /// Name of the model.
-    pub model: &'a str,
-    /// One, or none in the chunk that carries the usage.
-    pub choices: &'a [ChunkChoice<'a>],
-    /// Absent unless usage was asked for; null in all chunks but the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
 }
 
 /// What a chunk adds to one answer.

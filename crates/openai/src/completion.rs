@@ -49,7 +49,10 @@ struct Fields {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a string, a list of strings, a list of token ids or a list of such lists"
+)]
 enum RawPrompt {
     Text(String),
     Texts(Vec<String>),
@@ -160,24 +163,6 @@ pub struct Logprobs {
     pub top_logprobs: Vec<serde_json::Map<String, Value>>,
     /// Where each token starts in the text, in characters.
     pub text_offset: Vec<u32>,
-}
-
-/// A piece of a streamed answer.
-#[derive(Clone, Debug, Serialize)]
-pub struct Chunk<'a> {
-    /// The same in every chunk.
-    pub id: &'a str,
-    /// `text_completion`
-    pub object: &'static str,
-    /// The same in every chunk.
-    pub created: u64,
-    /// Name of the model.
-    pub model: &'a str,
-    /// One, or none in the chunk that carries the usage.
-    pub choices: &'a [ChunkChoice<'a>],
-    /// Absent unless usage was asked for; null in all chunks but the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
 }
 
 /// What a chunk adds to one answer.

@@ -51,7 +51,10 @@ pub struct Common {
 
 /// One text or several.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a string or a list of at most 4 strings"
+)]
 pub enum Stop {
     /// `"stop": "x"`
     One(String),

@@ -4,6 +4,7 @@
 //! [`ChatRequest`] and [`CompletionRequest`] go in; [`Chat`](chat::Chat) and [`Completion`](completion::Completion)
 //! objects (or their chunks) come out; whatever is wrong on the way is an [`ApiError`].
 
+mod chunk;
 mod error;
 mod fields;
 
@@ -13,6 +14,7 @@ pub mod models;
 pub mod sse;
 
 pub use chat::ChatRequest;
+pub use chunk::Chunk;
 pub use completion::CompletionRequest;
 pub use error::{ApiError, ErrorBody, parse};
 pub use fields::{Common, LogitBias, Stop, StreamOptions, Usage};

@@ -13,13 +13,14 @@ pub struct Model {
     pub created: u64,
     /// Who serves it.
     pub owned_by: String,
-    /// Tokens of prompt and answer together.
-    pub max_model_len: u32,
+    /// Tokens of prompt and answer together; absent while nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<u32>,
 }
 
 impl Model {
     /// A model by its name.
-    pub fn new(id: impl Into<String>, created: u64, max_model_len: u32) -> Self {
+    pub fn new(id: impl Into<String>, created: u64, max_model_len: Option<u32>) -> Self {
         let (object, owned_by) = ("model".into(), "hadal".into());
         Self {
             id: id.into(),

@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use axum::response::{IntoResponse, Response};
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use futures::StreamExt;
 use http::{HeaderValue, header};
-use openai::{ApiError, Usage};
+use openai::{ApiError, Chunk, Usage, sse};
 use proto::v1::FinishReason;
+use serde::Serialize;
 use telemetry::trace::REQUEST_ID;
 use text::Piece;
 use tokio::time::timeout;
@@ -36,6 +37,37 @@ pub(super) trait Format: Send + 'static {
     fn usage(&mut self, usage: Usage, out: &mut BytesMut);
     /// A whole answer: the choices' text and log probabilities in order.
     fn whole(&mut self, choices: Vec<WholeChoice>, usage: Usage) -> String;
+}
+
+/// What all chunks of a stream, and the whole answer, say about themselves.
+#[derive(Debug)]
+pub(super) struct Head {
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) model: String,
+    pub(super) includes_usage: bool,
+}
+
+impl Head {
+    /// Writes a chunk as an event.
+    pub(super) fn chunk<C: Serialize>(
+        &self,
+        object: &'static str,
+        choices: &[C],
+        usage: Option<Usage>,
+        out: &mut BytesMut,
+    ) {
+        let chunk = Chunk {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: self.includes_usage.then_some(usage),
+        };
+        // Writing into memory cannot fail.
+        let _ = sse::event(&mut out.writer(), &chunk);
+    }
 }
 
 /// One choice of a whole answer.

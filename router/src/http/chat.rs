@@ -6,23 +6,22 @@ use axum::{
     extract::{Request, State},
     response::Response,
 };
-use bytes::{BufMut, BytesMut};
+use bytes::BytesMut;
 use openai::{
     ApiError, ChatRequest, Usage,
     chat::{
-        Alternative, AssistantMessage, CHUNK_OBJECT, Chat, Choice, Chunk, ChunkChoice, Delta,
-        Logprobs, OBJECT, TokenLogprob,
+        Alternative, AssistantMessage, CHUNK_OBJECT, Chat, Choice, ChunkChoice, Delta, Logprobs,
+        OBJECT, TokenLogprob,
     },
-    sse,
 };
 use text::{Entry, Piece, Text, Tokenizer};
 
-use super::answer::{Format, Manner, WholeChoice, fail, respond};
+use super::answer::{Format, Head, Manner, WholeChoice, fail, respond};
 use crate::{front::Front, metrics::Account, pipeline::request::Ask};
 
 pub(super) async fn complete(State(front): State<Arc<Front>>, request: Request) -> Response {
     let origin = front.origin(request.headers());
-    let account = Account::open(&front.pipeline.shared().metrics, origin.arrived);
+    let account = Account::open(&front.pipeline.shared().metrics, &origin);
     match accept(&front, request).await {
         Ok((ask, format, manner)) => respond(front, origin, account, ask, format, manner).await,
         Err(error) => fail(account, error, origin.request_id),
@@ -40,42 +39,28 @@ async fn accept(front: &Front, request: Request) -> Result<(Ask, ChatFormat, Man
     };
     let shared = front.pipeline.shared();
     let format = ChatFormat {
-        id: format!("chatcmpl-{:032x}", shared.seams.entropy.u128()),
-        created: (shared.seams.unix_time)(),
-        model: request.model.clone(),
+        head: Head {
+            id: format!("chatcmpl-{:032x}", shared.seams.entropy.u128()),
+            created: (shared.seams.unix_time)(),
+            model: request.model.clone(),
+            includes_usage: manner.includes_usage,
+        },
         text: Arc::clone(&shared.text),
         has_logprobs: request.logprobs,
-        includes_usage: manner.includes_usage,
     };
     Ok((Ask::from_chat(request)?, format, manner))
 }
 
 /// Writes chat answers.
 struct ChatFormat {
-    id: String,
-    created: u64,
-    model: String,
+    head: Head,
     text: Arc<Text>,
     has_logprobs: bool,
-    includes_usage: bool,
 }
 
 impl ChatFormat {
-    fn chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, out: &mut BytesMut) {
-        let chunk = Chunk {
-            id: &self.id,
-            object: CHUNK_OBJECT,
-            created: self.created,
-            model: &self.model,
-            choices,
-            usage: self.includes_usage.then_some(usage),
-        };
-        // Writing into memory cannot fail.
-        let _ = sse::event(&mut out.writer(), &chunk);
-    }
-
     fn choice(&self, choice: ChunkChoice<'_>, out: &mut BytesMut) {
-        self.chunk(&[choice], None, out);
+        self.head.chunk(CHUNK_OBJECT, &[choice], None, out);
     }
 
     fn logprobs(&self, entries: &[Entry]) -> Option<Logprobs> {
@@ -136,7 +121,8 @@ impl Format for ChatFormat {
     }
 
     fn usage(&mut self, usage: Usage, out: &mut BytesMut) {
-        self.chunk(&[], Some(usage), out);
+        let none: [ChunkChoice<'_>; 0] = [];
+        self.head.chunk(CHUNK_OBJECT, &none, Some(usage), out);
     }
 
     fn whole(&mut self, choices: Vec<WholeChoice>, usage: Usage) -> String {
@@ -150,10 +136,10 @@ impl Format for ChatFormat {
                 finish_reason: whole.reason.into(),
             });
         let answer = Chat {
-            id: self.id.clone(),
+            id: self.head.id.clone(),
             object: OBJECT.into(),
-            created: self.created,
-            model: self.model.clone(),
+            created: self.head.created,
+            model: self.head.model.clone(),
             choices: choices.collect(),
             usage,
             system_fingerprint: None,

@@ -6,23 +6,22 @@ use axum::{
     extract::{Request, State},
     response::Response,
 };
-use bytes::{BufMut, BytesMut};
+use bytes::BytesMut;
 use openai::{
     ApiError, CompletionRequest, Usage,
-    completion::{Choice, Chunk, ChunkChoice, Completion, Logprobs, OBJECT, Prompt},
-    sse,
+    completion::{Choice, ChunkChoice, Completion, Logprobs, OBJECT, Prompt},
 };
 use text::{Entry, Piece, Text};
 
 use super::{
-    answer::{Format, Manner, WholeChoice, fail, respond},
+    answer::{Format, Head, Manner, WholeChoice, fail, respond},
     chat::lossy,
 };
 use crate::{front::Front, metrics::Account, pipeline::request::Ask};
 
 pub(super) async fn complete(State(front): State<Arc<Front>>, request: Request) -> Response {
     let origin = front.origin(request.headers());
-    let account = Account::open(&front.pipeline.shared().metrics, origin.arrived);
+    let account = Account::open(&front.pipeline.shared().metrics, &origin);
     match accept(&front, request).await {
         Ok((ask, format, manner)) => respond(front, origin, account, ask, format, manner).await,
         Err(error) => fail(account, error, origin.request_id),
@@ -49,12 +48,14 @@ async fn accept(
         Vec::new()
     };
     let format = CompletionFormat {
-        id: format!("cmpl-{:032x}", shared.seams.entropy.u128()),
-        created: (shared.seams.unix_time)(),
-        model: request.model.clone(),
+        head: Head {
+            id: format!("cmpl-{:032x}", shared.seams.entropy.u128()),
+            created: (shared.seams.unix_time)(),
+            model: request.model.clone(),
+            includes_usage: manner.includes_usage,
+        },
         text: Arc::clone(&shared.text),
         has_logprobs: request.logprobs.is_some(),
-        includes_usage: manner.includes_usage,
         answers,
         echoes,
         offsets: Vec::new(),
@@ -76,12 +77,9 @@ fn echoes(prompts: &[Prompt], text: &Text) -> Vec<String> {
 
 /// Writes answers to raw prompts.
 struct CompletionFormat {
-    id: String,
-    created: u64,
-    model: String,
+    head: Head,
     text: Arc<Text>,
     has_logprobs: bool,
-    includes_usage: bool,
     answers: u32,
     echoes: Vec<String>,
     /// Characters of each choice's tokens so far, for `text_offset`.
@@ -89,17 +87,8 @@ struct CompletionFormat {
 }
 
 impl CompletionFormat {
-    fn chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, out: &mut BytesMut) {
-        let chunk = Chunk {
-            id: &self.id,
-            object: OBJECT,
-            created: self.created,
-            model: &self.model,
-            choices,
-            usage: self.includes_usage.then_some(usage),
-        };
-        // Writing into memory cannot fail.
-        let _ = sse::event(&mut out.writer(), &chunk);
+    fn choice(&self, choice: ChunkChoice<'_>, out: &mut BytesMut) {
+        self.head.chunk(OBJECT, &[choice], None, out);
     }
 
     fn echo(&self, choice: u32) -> Option<&String> {
@@ -144,7 +133,7 @@ impl Format for CompletionFormat {
                 logprobs: None,
                 finish_reason: None,
             };
-            self.chunk(&[choice], None, out);
+            self.choice(choice, out);
         }
     }
 
@@ -156,25 +145,25 @@ impl Format for CompletionFormat {
             logprobs,
             finish_reason: None,
         };
-        self.chunk(&[choice], None, out);
+        self.choice(choice, out);
     }
 
     fn end(&mut self, index: u32, reason: &'static str, out: &mut BytesMut) {
         let finish_reason = Some(reason);
-        self.chunk(
-            &[ChunkChoice {
+        self.choice(
+            ChunkChoice {
                 index,
                 text: "",
                 logprobs: None,
                 finish_reason,
-            }],
-            None,
+            },
             out,
         );
     }
 
     fn usage(&mut self, usage: Usage, out: &mut BytesMut) {
-        self.chunk(&[], Some(usage), out);
+        let none: [ChunkChoice<'_>; 0] = [];
+        self.head.chunk(OBJECT, &none, Some(usage), out);
     }
 
     fn whole(&mut self, choices: Vec<WholeChoice>, usage: Usage) -> String {
@@ -191,10 +180,10 @@ impl Format for CompletionFormat {
         });
         let choices = choices.collect();
         let answer = Completion {
-            id: self.id.clone(),
+            id: self.head.id.clone(),
             object: OBJECT.into(),
-            created: self.created,
-            model: self.model.clone(),
+            created: self.head.created,
+            model: self.head.model.clone(),
             choices,
             usage,
             system_fingerprint: None,

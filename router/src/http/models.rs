@@ -33,7 +33,12 @@ pub(super) async fn show(
 
 fn model(front: &Front) -> Model {
     let name = front.pipeline.shared().config.model.clone();
-    Model::new(name, front.started, front.pipeline.max_model_len())
+    let length = front.pipeline.max_model_len();
+    Model::new(
+        name,
+        front.started,
+        Some(length).filter(|length| *length > 0),
+    )
 }
 
 fn respond<T: Serialize>(

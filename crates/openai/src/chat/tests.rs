@@ -1,6 +1,7 @@
 //! Requests that are understood, refused, and chunks as clients expect them.
 
 use super::*;
+use crate::Chunk;
 
 fn request(extra: &str) -> Result<ChatRequest, ApiError> {
     let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"hi"}}]{extra}}}"#);
