@@ -63,6 +63,7 @@ pub(crate) fn tokens(tokens: &[u32], limits: &Limits) -> Result<(), Status> {
 }
 
 fn sampling(sampling: v1::Sampling, limits: &Limits) -> Result<Sampling, Status> {
+    let temperature = sampling.temperature.unwrap_or(0.0);
     let top_p = sampling.top_p.unwrap_or(1.0);
     let repetition_penalty = sampling.repetition_penalty.unwrap_or(1.0);
     let mut problems = Vec::new();
@@ -71,11 +72,7 @@ fn sampling(sampling: v1::Sampling, limits: &Limits) -> Result<Sampling, Status>
             problems.push(format!("{name} is {value}"));
         }
     };
-    check(
-        "temperature",
-        sampling.temperature,
-        sampling.temperature >= 0.0,
-    );
+    check("temperature", temperature, temperature >= 0.0);
     check("top_p", top_p, top_p > 0.0 && top_p <= 1.0);
     check(
         "min_p",
@@ -105,7 +102,7 @@ fn sampling(sampling: v1::Sampling, limits: &Limits) -> Result<Sampling, Status>
         return Err(Status::invalid_argument(problems.join(", ")));
     }
     Ok(Sampling {
-        temperature: sampling.temperature,
+        temperature,
         top_p,
         top_k: sampling.top_k,
         min_p: sampling.min_p,
@@ -225,7 +222,7 @@ mod tests {
                 ..sequence()
             },
             with(v1::Sampling {
-                temperature: f32::NAN,
+                temperature: Some(f32::NAN),
                 ..v1::Sampling::default()
             }),
             with(v1::Sampling {
@@ -250,7 +247,7 @@ mod tests {
             );
         }
         let two = v1::Sampling {
-            temperature: -1.0,
+            temperature: Some(-1.0),
             min_p: 2.0,
             ..v1::Sampling::default()
         };

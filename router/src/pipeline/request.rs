@@ -146,7 +146,7 @@ impl Ask {
     pub(crate) fn from_proto(request: v1::GenerateRequest) -> Result<Self, ApiError> {
         let sampling = request.sampling.unwrap_or_default();
         let common = Common {
-            temperature: Some(sampling.temperature),
+            temperature: sampling.temperature,
             top_p: sampling.top_p,
             top_k: Some(i64::from(sampling.top_k)),
             min_p: Some(sampling.min_p),
@@ -215,4 +215,29 @@ fn chat_input(chat: v1::Chat) -> Result<Input, ApiError> {
         messages,
         thinking: Some(chat.thinking),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_temperature_of_zero_is_not_an_unset_one() {
+        let ask = |sampling| {
+            let input = generate_request::Input::Prompt("x".into());
+            Ask::from_proto(v1::GenerateRequest {
+                input: Some(input),
+                sampling,
+                ..v1::GenerateRequest::default()
+            })
+        };
+        let temperature = |sampling| ask(sampling).unwrap().sampling.temperature;
+        assert_eq!(temperature(None), None);
+        assert_eq!(temperature(Some(v1::Sampling::default())), None);
+        let greedy = v1::Sampling {
+            temperature: Some(0.0),
+            ..v1::Sampling::default()
+        };
+        assert_eq!(temperature(Some(greedy)), Some(0.0));
+    }
 }

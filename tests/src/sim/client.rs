@@ -57,7 +57,7 @@ async fn stream(net: &Net, ask: &Ask, seen: &Arc<Mutex<Outcome>>) -> Option<End>
             ids: ask.prompt.clone(),
         })),
         sampling: Some(Sampling {
-            temperature: ask.temperature,
+            temperature: Some(ask.temperature),
             ..Sampling::default()
         }),
         max_tokens: ask.count as u32,

@@ -31,7 +31,7 @@ async fn a_handed_over_network_says_what_it_says_whole() {
         let prompt: Vec<u32> = (0..len).map(|i| (i * i + 3) % vocab).collect();
         let request = format!("request-{i}");
         let sampled = v1::Sampling {
-            temperature: 1.0,
+            temperature: Some(1.0),
             seed: 7,
             ..v1::Sampling::default()
         };
