@@ -1,8 +1,17 @@
 //! The router on sockets and threads. Each lane is a thread with a runtime of its own that serves the connections it is
 //! dealt and has a connection of its own to every worker: a request never waits for another thread to wake up, and no
-//! lock of a connection is fought over. One task deals connections out in turn.
+//! lock of a connection is fought over. Connections stay where they were dealt: to one lane as long as that has few, so that
+//! light load wakes one thread, then evenly.
 
-use std::{io, sync::Arc, thread, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+    time::Duration,
+};
 
 use anyhow::Context;
 use futures::{Stream, StreamExt, future::try_join_all};
@@ -18,7 +27,7 @@ use tracing::warn;
 
 use crate::{
     discovery::Endpoints,
-    seams::Seams,
+    seams::{Kept, Seams},
     serve::{Common, Config, Incoming, serve},
 };
 
@@ -27,7 +36,46 @@ const BACKLOG: usize = 1024;
 /// More lanes are only more connections at the workers: one does thousands of requests a second.
 const MOST_BY_DEFAULT: usize = 4;
 
-type Dealt = mpsc::Sender<std::net::TcpStream>;
+/// Connections that a lane is given before the next lane is given any.
+const FEW: usize = 16;
+
+/// A connection and its seat.
+type Dealt = (std::net::TcpStream, Seat);
+/// A connection in the runtime of its lane.
+type Taken = Kept<TcpStream, Seat>;
+
+/// Counts a connection of a lane as long as it is open.
+#[derive(Debug)]
+struct Seat(Arc<AtomicUsize>);
+
+impl Seat {
+    fn take(seats: &Arc<AtomicUsize>) -> Self {
+        seats.fetch_add(1, Relaxed);
+        Self(Arc::clone(seats))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A lane as the dealer sees it.
+#[derive(Clone)]
+struct Table {
+    seats: Arc<AtomicUsize>,
+    deal: mpsc::Sender<Dealt>,
+}
+
+/// The lane that a connection goes to, from the connections that each has: the first that has few, or the one that has
+/// fewest.
+fn choose(connections: impl Iterator<Item = usize> + Clone) -> usize {
+    let lanes = connections.enumerate();
+    let few = lanes.clone().find(|(_, count)| *count < FEW);
+    few.or_else(|| lanes.min_by_key(|(_, count)| *count))
+        .map_or(0, |(lane, _)| lane)
+}
 
 /// Lanes for a machine: as many as asked for, or one a core up to a few.
 pub(crate) fn count(wanted: usize) -> usize {
@@ -69,8 +117,12 @@ impl Lanes {
         for index in 0..self.count {
             let (http, http_dealt) = mpsc::channel(BACKLOG);
             let (grpc, grpc_dealt) = mpsc::channel(BACKLOG);
-            to_http.push(http);
-            to_grpc.push(grpc);
+            let seats = Arc::<AtomicUsize>::default();
+            to_http.push(Table {
+                seats: Arc::clone(&seats),
+                deal: http,
+            });
+            to_grpc.push(Table { seats, deal: grpc });
             let incoming = Incoming {
                 http: taken(http_dealt),
                 grpc: taken(grpc_dealt),
@@ -91,8 +143,8 @@ impl Lanes {
         &self,
         index: usize,
         incoming: Incoming<
-            impl Stream<Item = io::Result<TcpStream>> + Send + 'static,
-            impl Stream<Item = io::Result<TcpStream>> + Send + 'static,
+            impl Stream<Item = io::Result<Taken>> + Send + 'static,
+            impl Stream<Item = io::Result<Taken>> + Send + 'static,
         >,
     ) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
         let serving = serve(
@@ -121,9 +173,9 @@ impl Lanes {
     }
 }
 
-/// Deals connections out in turn, each set to send what it is given at once, until `stop`.
-async fn deal(listener: TcpListener, lanes: Vec<Dealt>, stop: CancellationToken) {
-    for lane in lanes.iter().cycle() {
+/// Deals connections out, each set to send what it is given at once, until `stop`.
+async fn deal(listener: TcpListener, lanes: Vec<Table>, stop: CancellationToken) {
+    loop {
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => return,
@@ -135,7 +187,10 @@ async fn deal(listener: TcpListener, lanes: Vec<Dealt>, stop: CancellationToken)
         });
         match stream {
             // A lane that does not come to it has too many already: the connection is closed.
-            Ok(stream) => drop(lane.try_send(stream)),
+            Ok(stream) => {
+                let lane = &lanes[choose(lanes.iter().map(|lane| lane.seats.load(Relaxed)))];
+                drop(lane.deal.try_send((stream, Seat::take(&lane.seats))));
+            }
             Err(error) => {
                 warn!(%error, "a connection could not be accepted");
                 // Out of file descriptors, most likely: give them time to come back.
@@ -145,6 +200,31 @@ async fn deal(listener: TcpListener, lanes: Vec<Dealt>, stop: CancellationToken)
     }
 }
 
-fn taken(dealt: mpsc::Receiver<std::net::TcpStream>) -> impl Stream<Item = io::Result<TcpStream>> {
-    ReceiverStream::new(dealt).map(TcpStream::from_std)
+fn taken(dealt: mpsc::Receiver<Dealt>) -> impl Stream<Item = io::Result<Taken>> {
+    ReceiverStream::new(dealt)
+        .map(|(stream, seat)| Ok(Kept::new(TcpStream::from_std(stream)?, seat)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_fills_up_before_the_next_then_all_grow_evenly() {
+        let chosen = |connections: &[usize]| choose(connections.iter().copied());
+        assert_eq!(chosen(&[0, 0]), 0);
+        assert_eq!(chosen(&[FEW - 1, 0]), 0);
+        assert_eq!(chosen(&[FEW, 3]), 1);
+        assert_eq!(chosen(&[FEW + 9, FEW + 2]), 1);
+        assert_eq!(chosen(&[FEW + 2, FEW + 2]), 0);
+    }
+
+    #[test]
+    fn a_seat_is_free_again_when_its_connection_is_gone() {
+        let seats = Arc::<AtomicUsize>::default();
+        let seat = Seat::take(&seats);
+        assert_eq!(seats.load(Relaxed), 1);
+        drop(seat);
+        assert_eq!(seats.load(Relaxed), 0);
+    }
 }

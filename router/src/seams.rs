@@ -1,12 +1,17 @@
 //! What the router takes from outside, so that the same code runs in production and, whole, in one thread under a
 //! simulator: connections, randomness and the calendar. (Time is tokio's, which a simulator sets.)
 
-use std::{io, pin::Pin, sync::Arc};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// A connection of any kind.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -15,6 +20,59 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Io for T {}
 
 /// A connection whose kind is not known.
 pub type BoxIo = Pin<Box<dyn Io>>;
+
+/// A connection, and what is kept as long as it is open.
+#[derive(Debug)]
+pub(crate) struct Kept<IO, T> {
+    io: IO,
+    _kept: T,
+}
+
+impl<IO, T> Kept<IO, T> {
+    pub(crate) fn new(io: IO, kept: T) -> Self {
+        Self { io, _kept: kept }
+    }
+}
+
+impl<IO: AsyncRead + Unpin, T: Unpin> AsyncRead for Kept<IO, T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl<IO: AsyncWrite + Unpin, T: Unpin> AsyncWrite for Kept<IO, T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}
 
 /// Opens a connection to "host:port".
 pub type Dial = Arc<dyn Fn(String) -> BoxFuture<'static, io::Result<BoxIo>> + Send + Sync>;
