@@ -2,22 +2,25 @@
 
 use std::sync::Arc;
 
+use http::HeaderValue;
 use prometheus::{
-    Histogram, IntCounterVec, IntGauge, IntGaugeVec,
+    Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
 use proto::v1::Role;
 use telemetry::{definitions as names, metrics::Metrics};
 use tokio::time::Instant;
+use tracing::debug;
 
-use crate::fleet::Fleets;
+use crate::{fleet::Fleets, pipeline::request::Origin};
 
 /// The router's series.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct RouterMetrics {
     model: String,
     requests: IntCounterVec,
+    answered: IntCounter,
     pub(crate) duration: Histogram,
     pub(crate) time_to_first_token: Histogram,
     pub(crate) inter_token_latency: Histogram,
@@ -29,6 +32,7 @@ pub(crate) struct RouterMetrics {
     pub(crate) migrations: IntCounterVec,
     pub(crate) retries: IntCounterVec,
     pub(crate) no_pair: IntCounterVec,
+    pub(crate) poisoned: IntCounter,
     pub(crate) prefix_cache_hit: Histogram,
 }
 
@@ -56,9 +60,11 @@ impl RouterMetrics {
             gauge: workers,
         };
         metrics.registry().register(Box::new(workers))?;
+        let requests = metrics.counter(&names::ROUTER_REQUESTS)?;
         Ok(Self {
+            answered: requests.with_label_values(&[model, "200"]),
+            requests,
             model: model.into(),
-            requests: metrics.counter(&names::ROUTER_REQUESTS)?,
             duration: of_model(&names::ROUTER_REQUEST_DURATION)?,
             time_to_first_token: of_model(&names::ROUTER_TIME_TO_FIRST_TOKEN)?,
             inter_token_latency: of_model(&names::ROUTER_INTER_TOKEN_LATENCY)?,
@@ -70,6 +76,9 @@ impl RouterMetrics {
             migrations: metrics.counter(&names::ROUTER_MIGRATIONS)?,
             retries: metrics.counter(&names::ROUTER_RETRIES)?,
             no_pair: metrics.counter(&names::ROUTER_NO_PAIR)?,
+            poisoned: metrics
+                .counter(&names::ROUTER_POISONED)?
+                .with_label_values::<&str>(&[]),
             prefix_cache_hit: metrics
                 .histogram(&names::ROUTER_PREFIX_CACHE_HIT)?
                 .with_label_values::<&str>(&[]),
@@ -78,6 +87,9 @@ impl RouterMetrics {
 
     /// A request ended with this HTTP status (499: its client left).
     pub(crate) fn ended(&self, code: u16) {
+        if code == 200 {
+            return self.answered.inc();
+        }
         self.requests
             .with_label_values(&[self.model.as_str(), &code.to_string()])
             .inc();
@@ -86,17 +98,21 @@ impl RouterMetrics {
 
 /// Counts and times a request, whichever way it ends.
 pub(crate) struct Account {
-    metrics: RouterMetrics,
+    metrics: Arc<RouterMetrics>,
+    request_id: HeaderValue,
+    trace_id: u128,
     arrived: Instant,
     code: u16,
 }
 
 impl Account {
-    pub(crate) fn open(metrics: &RouterMetrics, arrived: Instant) -> Self {
+    pub(crate) fn open(metrics: &Arc<RouterMetrics>, origin: &Origin) -> Self {
         // Until something else is said, the client left.
         Self {
-            metrics: metrics.clone(),
-            arrived,
+            metrics: Arc::clone(metrics),
+            request_id: origin.request_id.clone(),
+            trace_id: origin.trace.trace_id,
+            arrived: origin.arrived,
             code: 499,
         }
     }
@@ -108,9 +124,15 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        self.metrics
-            .duration
-            .observe(self.arrived.elapsed().as_secs_f64());
+        let took = self.arrived.elapsed();
+        self.metrics.duration.observe(took.as_secs_f64());
+        debug!(
+            request.id = ?self.request_id,
+            trace.id = %format_args!("{:032x}", self.trace_id),
+            code = self.code,
+            ms = took.as_millis() as u64,
+            "request ended"
+        );
         self.metrics.ended(self.code);
     }
 }

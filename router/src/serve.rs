@@ -68,7 +68,7 @@ pub struct Incoming<H, G> {
 pub struct Common {
     metrics: Metrics,
     fleets: Arc<Fleets>,
-    pub(crate) series: RouterMetrics,
+    pub(crate) series: Arc<RouterMetrics>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) budget: Arc<Budget>,
 }
@@ -81,7 +81,11 @@ impl Common {
     pub fn new(config: &Config, metrics: Metrics) -> Result<Self, prometheus::Error> {
         let fleets = Arc::new(Fleets::default());
         Ok(Self {
-            series: RouterMetrics::new(&metrics, &config.pipeline.model, &fleets)?,
+            series: Arc::new(RouterMetrics::new(
+                &metrics,
+                &config.pipeline.model,
+                &fleets,
+            )?),
             metrics,
             fleets,
             admission: Admission::new(config.pipeline.admission),

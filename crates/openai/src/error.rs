@@ -15,6 +15,8 @@ pub struct ApiError {
     pub body: ErrorBody,
     /// Value of the `Retry-After` header in seconds.
     pub retry_after: Option<u32>,
+    /// Sent again it would do harm: the official client does not retry where `x-should-retry` is `false`.
+    pub is_final: bool,
 }
 
 /// What stands under `error`.
@@ -50,6 +52,7 @@ impl ApiError {
             status,
             body,
             retry_after: None,
+            is_final: false,
         }
     }
 
@@ -152,6 +155,17 @@ impl ApiError {
     /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(500, "server_error", Some("internal_error"), message.into())
+    }
+
+    /// 500 that must not be retried: so many workers died while they ran the request.
+    pub fn poisoned(workers: usize) -> Self {
+        let message = format!(
+            "{workers} workers in a row died while they ran this request. It was given up and should not be sent again."
+        );
+        Self {
+            is_final: true,
+            ..Self::new(500, "server_error", Some("workers_died"), message)
+        }
     }
 
     /// Names the wrong field.

@@ -55,6 +55,8 @@ definitions! {
     ROUTER_RETRIES = Kind::Counter, "hadal_router_retries_total", ["reason"];
     /// Requests for which there was no prefill and decode worker of one revision
     ROUTER_NO_PAIR = Kind::Counter, "hadal_router_no_pair_total", ["reason"];
+    /// Requests that were given up because workers died while they ran them
+    ROUTER_POISONED = Kind::Counter, "hadal_router_poisoned_requests_total", [];
     /// Part of each prompt whose KV was expected in the chosen worker's cache
     ROUTER_PREFIX_CACHE_HIT = Kind::Histogram(RATIO), "hadal_router_prefix_cache_hit_ratio", [];
     /// Workers known to the router, by role and state (ready, draining, unreachable)

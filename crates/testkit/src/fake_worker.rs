@@ -230,6 +230,11 @@ impl FakeWorker {
         self.0.power.cancel();
     }
 
+    /// Whether it died.
+    pub fn is_dead(&self) -> bool {
+        self.0.power.is_cancelled()
+    }
+
     /// Says that it leaves.
     pub fn drain(&self) {
         self.0.status.send_modify(|shown| shown.is_draining = true);

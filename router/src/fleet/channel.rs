@@ -103,6 +103,22 @@ async fn find_silence(mut pings: PingPong, keepalive: Keepalive) -> Status {
     }
 }
 
+/// The connection broke under a call that the worker was running.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection broke while the worker ran the call")]
+pub(crate) struct Died;
+
+/// What happened to a call that was sent. A stream that the peer reset or a connection that it said goodbye on is no
+/// death.
+fn broke(error: h2::Error) -> Status {
+    let is_death = error.is_io();
+    let mut status = lost(error);
+    if is_death {
+        status.set_source(std::sync::Arc::new(Died));
+    }
+    status
+}
+
 /// Whatever happened to the connection, the worker cannot be reached over it.
 #[expect(clippy::needless_pass_by_value, reason = "handed to map_err")]
 fn lost(error: h2::Error) -> Status {
@@ -131,7 +147,7 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
                 next = next_data(&mut body).await?;
                 stream.send_data(data, next.is_none()).map_err(lost)?;
             }
-            let response = response.await.map_err(lost)?;
+            let response = response.await.map_err(broke)?;
             Ok(response.map(|stream| ResponseBody {
                 stream,
                 is_data_over: false,
@@ -173,11 +189,11 @@ impl Body for ResponseBody {
                         .map_err(lost)?;
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                Some(Err(error)) => return Poll::Ready(Some(Err(lost(error)))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(broke(error)))),
                 None => self.is_data_over = true,
             }
         }
-        let trailers = ready!(self.stream.poll_trailers(cx)).map_err(lost)?;
+        let trailers = ready!(self.stream.poll_trailers(cx)).map_err(broke)?;
         Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
     }
 }

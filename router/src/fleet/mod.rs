@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 pub use breaker::BreakerConfig;
+pub(crate) use channel::Died;
 use tally::Tallies;
 pub(crate) use worker::{Assignment, Worker};
 

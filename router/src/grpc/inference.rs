@@ -43,7 +43,7 @@ impl inference_server::Inference for Inference {
         let message = request.into_inner();
         let returns_ids = message.return_token_ids;
         let ask = Ask::from_proto(message).map_err(|error| status(&error))?;
-        let mut account = Account::open(&self.0.pipeline.shared().metrics, origin.arrived);
+        let mut account = Account::open(&self.0.pipeline.shared().metrics, &origin);
         let generation = match self.0.pipeline.start(ask, &origin).await {
             Ok(generation) => generation,
             Err(error) => {

@@ -2,23 +2,20 @@
 
 mod inference;
 
-use std::{
-    io,
-    pin::Pin,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, time::Duration};
 
 use futures::{Stream, StreamExt};
 use proto::v1::inference_server::InferenceServer;
 use telemetry::health::{Health, State};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Server, server::Connected};
+use tonic::{
+    server::NamedService,
+    transport::{Server, server::Connected},
+};
 
 pub(crate) use inference::Inference;
 
-use crate::seams::Io;
+use crate::seams::{Io, Kept};
 
 /// Largest request: a prompt of a million token ids takes five.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
@@ -52,18 +49,26 @@ pub(crate) async fn serve<IO: Io>(
             }
         }
     };
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
+    // Some tools know only the older version of reflection.
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(<InferenceServer<Inference> as NamedService>::NAME)
+            .with_service_name(tonic_health::pb::health_server::SERVICE_NAME)
+    };
     let server = Server::builder()
         .max_concurrent_streams(Some(MAX_STREAMS))
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .add_service(health_service)
-        .add_service(reflection)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
         .add_service(InferenceServer::new(inference).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .serve_with_incoming_shutdown(incoming.map(|io| io.map(Accepted)), stop.cancelled_owned());
+        .serve_with_incoming_shutdown(
+            incoming.map(|io| io.map(|io| Kept::new(io, ()))),
+            stop.cancelled_owned(),
+        );
     tokio::select! {
         biased;
         served = server => Ok(served?),
@@ -71,51 +76,8 @@ pub(crate) async fn serve<IO: Io>(
     }
 }
 
-/// A connection about which tonic knows nothing more.
-struct Accepted<IO>(IO);
-
-impl<IO> Connected for Accepted<IO> {
+impl<IO> Connected for Kept<IO, ()> {
     type ConnectInfo = ();
 
     fn connect_info(&self) -> Self::ConnectInfo {}
-}
-
-impl<IO: AsyncRead + Unpin> AsyncRead for Accepted<IO> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
-    }
-}
-
-impl<IO: AsyncWrite + Unpin> AsyncWrite for Accepted<IO> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
-    }
 }

@@ -5,6 +5,9 @@ use http::{HeaderValue, StatusCode, header};
 use openai::ApiError;
 use telemetry::trace::REQUEST_ID;
 
+/// What the official client asks before it looks at the status.
+const SHOULD_RETRY: http::HeaderName = http::HeaderName::from_static("x-should-retry");
+
 /// An error envelope with the headers that belong to it.
 #[derive(Debug)]
 pub(crate) struct ErrorResponse {
@@ -31,6 +34,9 @@ impl IntoResponse for ErrorResponse {
         headers.insert(REQUEST_ID, self.request_id);
         if let Some(seconds) = self.error.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.error.is_final {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
     }

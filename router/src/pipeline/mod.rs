@@ -43,7 +43,7 @@ use choice::Choice;
 use request::{Ask, Input, Origin};
 pub(crate) use retry::Budget;
 use route::{Wish, choose};
-use sequence::{Sequence, Spec};
+use sequence::{Deaths, Sequence, Spec};
 
 /// How long each step of a request may take.
 #[derive(Clone, Copy, Debug)]
@@ -118,7 +118,7 @@ pub(crate) struct Shared {
     pub(crate) config: PipelineConfig,
     pub(crate) text: Arc<Text>,
     pub(crate) fleet: Arc<Fleet>,
-    pub(crate) metrics: RouterMetrics,
+    pub(crate) metrics: Arc<RouterMetrics>,
     pub(crate) seams: Seams,
     tasks: Tasks,
     admission: Arc<Admission>,
@@ -178,7 +178,7 @@ impl Pipeline {
             config,
             text,
             fleet,
-            metrics: common.series.clone(),
+            metrics: Arc::clone(&common.series),
             seams,
             tasks,
             admission: Arc::clone(&common.admission),
@@ -246,13 +246,15 @@ impl Pipeline {
         self.check_ids(&ask, &prompts)?;
         let choices = prompts.len() as u32 * ask.answers;
         let ticket = shared.admission.enter(choices, &shared.metrics)?;
+        let deaths = Deaths::default();
         let mut answers = Vec::with_capacity(choices as usize);
         for prompt in prompts {
             shared.metrics.prompt_tokens.observe(prompt.len() as f64);
             let stop = self.limits(&ask, prompt.len())?;
             for _ in 0..ask.answers {
                 let index = answers.len() as u32;
-                let spec = self.spec(&ask, origin, index, prompt.clone(), stop.clone());
+                let mut spec = self.spec(&ask, origin, index, prompt.clone(), stop.clone());
+                spec.deaths = Arc::clone(&deaths);
                 let sequence = Sequence::new(Arc::clone(shared), spec);
                 answers.push(Choice::new(
                     Arc::clone(shared),
@@ -347,7 +349,7 @@ impl Pipeline {
         let shared = &self.0;
         let mut sampling = ask.sampling.rest.clone();
         let defaults = shared.text.sampling_defaults();
-        sampling.temperature = ask.sampling.temperature.unwrap_or(defaults.temperature);
+        sampling.temperature = Some(ask.sampling.temperature.unwrap_or(defaults.temperature));
         sampling.top_p = Some(ask.sampling.top_p.unwrap_or(defaults.top_p));
         // Answers to one prompt differ also under one seed, each in its own repeatable way.
         let seed = ask.seed.unwrap_or_else(|| shared.seams.entropy.u64());
@@ -365,6 +367,7 @@ impl Pipeline {
             deadline: origin.arrived + timeout,
             request_id: origin.request_id.clone(),
             traceparent: HeaderValue::try_from(trace).expect("hex digits and dashes"),
+            deaths: Deaths::default(),
         }
     }
 }

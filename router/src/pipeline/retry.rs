@@ -8,11 +8,15 @@ use std::{
 use openai::ApiError;
 use tonic::{Code, Status};
 
+use crate::fleet::Died;
+
 /// How often a sequence is started over.
 #[derive(Clone, Copy, Debug)]
 pub struct RetryConfig {
     /// Attempts that may fail before the request does.
     pub max_failures: u32,
+    /// Workers that may die while they run a request before it is held to be what kills them.
+    pub max_deaths: usize,
     /// Pause before the second retry (the first comes at once); doubles from there.
     pub pause: Duration,
     /// Longest pause.
@@ -23,6 +27,7 @@ impl Default for RetryConfig {
     fn default() -> Self {
         Self {
             max_failures: 4,
+            max_deaths: 2,
             pause: Duration::from_millis(50),
             max_pause: Duration::from_secs(2),
         }
@@ -32,6 +37,8 @@ impl Default for RetryConfig {
 /// Why an attempt ended early: the label of the retry and migration counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
+    /// The worker's connection broke while it ran the sequence: it died, or the network did.
+    Died,
     /// The worker cannot be reached, left, or closed the stream.
     Lost,
     /// It did not answer in time.
@@ -49,6 +56,7 @@ pub(crate) enum Reason {
 impl Reason {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
+            Self::Died => "died",
             Self::Lost => "lost",
             Self::Slow => "slow",
             Self::Corrupt => "corrupt",
@@ -78,6 +86,7 @@ pub(crate) enum Verdict {
 /// Judges a worker's status.
 pub(crate) fn judge(status: &Status) -> Verdict {
     match status.code() {
+        Code::Unavailable if is_death(status) => Verdict::Retry(Reason::Died),
         Code::Unavailable | Code::Cancelled => Verdict::Retry(Reason::Lost),
         Code::DeadlineExceeded => Verdict::Retry(Reason::Slow),
         Code::DataLoss => Verdict::Retry(Reason::Corrupt),
@@ -93,6 +102,10 @@ pub(crate) fn judge(status: &Status) -> Verdict {
         ),
         Code::Ok | Code::Unknown | Code::Internal => Verdict::Retry(Reason::Failed),
     }
+}
+
+fn is_death(status: &Status) -> bool {
+    std::error::Error::source(status).is_some_and(|source| source.is::<Died>())
 }
 
 /// The pause before retry number `retry` (from 1), with up to half more at random.
@@ -160,6 +173,14 @@ mod tests {
         }
         assert!(!is_retried(Code::InvalidArgument));
         assert_eq!(judge(&Status::resource_exhausted("")), Verdict::Full);
+    }
+
+    #[test]
+    fn only_a_connection_that_broke_under_a_call_is_a_death() {
+        let mut status = Status::unavailable("connection to the worker: broken pipe");
+        assert_eq!(judge(&status), Verdict::Retry(Reason::Lost));
+        status.set_source(std::sync::Arc::new(Died));
+        assert_eq!(judge(&status), Verdict::Retry(Reason::Died));
     }
 
     #[test]

@@ -129,14 +129,73 @@ async fn whatever_happens_to_decode_another_one_goes_on_without_a_gap() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn several_decode_workers_in_a_row_may_die() {
+async fn several_decode_workers_in_a_row_may_fail() {
     let harness = Setup::of(1, 4).start().await;
     for (i, worker) in harness.decode.iter().enumerate().take(3) {
-        worker.set_faults(generate([Fault::Die(i + 3)]));
+        worker.set_faults(generate([Fault::Fail(i + 3, Code::Unavailable)]));
     }
     streams_well(&harness).await;
-    let migrations = r#"hadal_router_migrations_total{reason="lost"}"#;
-    assert!(harness.metric(migrations).await <= 3);
+    let died = r#"hadal_router_migrations_total{reason="died"}"#;
+    assert_eq!(harness.metric(died).await, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_kills_its_workers_gets_no_more_than_two() {
+    let poisoned = "hadal_router_poisoned_requests_total";
+    // In the prompt's half, before anything was answered.
+    let harness = Setup::of(5, 1).start().await;
+    for worker in &harness.prefill {
+        worker.set_faults(run([Fault::Die(0)]));
+    }
+    let reply = harness
+        .post("/v1/completions", &completion(&PROMPT, 24, ""))
+        .await;
+    assert_eq!(reply.status, 500, "{}", reply.body);
+    assert!(reply.body.contains("workers_died"), "{}", reply.body);
+    assert_eq!(reply.header("x-should-retry"), "false");
+    harness.wait_for_workers(4).await;
+    assert_eq!(harness.metric(poisoned).await, 1);
+    harness.wait_for_quiet().await;
+    // Others are served by those that are left.
+    for worker in &harness.prefill {
+        worker.set_faults(Faults::default());
+    }
+    streams_well(&harness).await;
+
+    // In the middle of an answer, whose stream then ends with the error.
+    let harness = Setup::of(1, 5).start().await;
+    for worker in &harness.decode {
+        worker.set_faults(generate([Fault::Die(3)]));
+    }
+    let body = completion(&PROMPT, 24, r#","stream":true"#);
+    let client = harness.client().await;
+    let events = client.stream("/v1/completions", &body).await.rest().await;
+    assert!(
+        events.last().unwrap().contains("workers_died"),
+        "{events:?}"
+    );
+    harness.wait_for_workers(4).await;
+    assert_eq!(harness.metric(poisoned).await, 1);
+    harness.wait_for_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answers_of_one_request_count_their_dead_workers_together() {
+    let harness = Setup::of(1, 6).start().await;
+    for worker in &harness.decode {
+        worker.set_faults(generate([Fault::Die(3); 4]));
+    }
+    let reply = harness
+        .post("/v1/completions", &completion(&PROMPT, 24, r#","n":2"#))
+        .await;
+    assert_eq!(reply.status, 500, "{}", reply.body);
+    // Both answers were at a worker of their own, and each may have gone on to another one before it was known.
+    let dead = harness
+        .decode
+        .iter()
+        .filter(|worker| worker.is_dead())
+        .count();
+    assert!((2..=3).contains(&dead), "{dead}");
 }
 
 #[tokio::test(start_paused = true)]

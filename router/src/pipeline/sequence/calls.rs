@@ -63,8 +63,15 @@ impl Sequence {
     pub(super) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let headers = request.metadata_mut().as_mut();
-        headers.insert(REQUEST_ID, self.spec.request_id.clone());
-        headers.insert(TRACEPARENT, self.spec.traceparent.clone());
+        // No two requests share these: they have no place in the table of headers that a connection remembers.
+        for (name, value) in [
+            (REQUEST_ID, &self.spec.request_id),
+            (TRACEPARENT, &self.spec.traceparent),
+        ] {
+            let mut value = value.clone();
+            value.set_sensitive(true);
+            headers.insert(name, value);
+        }
         request
     }
 

@@ -8,10 +8,11 @@
 mod calls;
 mod recovery;
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use http::HeaderValue;
 use openai::ApiError;
+use parking_lot::Mutex;
 use proto::v1::{
     self, DecodeResponse, FinishReason, ReserveRequest, RunRequest, RunResponse, TransferTarget,
     decode_response, run_response,
@@ -33,6 +34,9 @@ use calls::millis;
 /// one that makes every worker fail still ends soon.
 const PROGRESS_TOKENS: u32 = 256;
 
+/// Workers that died while they ran a request, by incarnation: of all its answers together.
+pub(crate) type Deaths = Arc<Mutex<BTreeSet<String>>>;
+
 /// What a sequence needs, whichever worker runs it.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
@@ -46,6 +50,7 @@ pub(crate) struct Spec {
     pub(crate) deadline: Instant,
     pub(crate) request_id: HeaderValue,
     pub(crate) traceparent: HeaderValue,
+    pub(crate) deaths: Deaths,
 }
 
 /// What happens to a sequence.
@@ -196,7 +201,8 @@ impl Sequence {
         });
         let worker = Arc::clone(decode.worker());
         let lease = Lease::reserve(worker, request, timeouts.answer, &self.shared.tasks).await;
-        let lease = lease.map_err(|status| Failure::of_call(&status, &mut [&mut decode]))?;
+        let lease = lease
+            .map_err(|status| Failure::of_call(&status, &mut [&mut decode]).before_computing())?;
         let grant = &lease.grant;
         let request = self.request(RunRequest {
             sequence: Some(self.sequence()),

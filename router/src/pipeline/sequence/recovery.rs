@@ -5,7 +5,7 @@ use std::time::Duration;
 use openai::ApiError;
 use planted::Bug;
 use tokio::time::{Instant, sleep};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::{PROGRESS_TOKENS, Sequence, Stage};
 use crate::pipeline::{
@@ -45,6 +45,10 @@ impl Sequence {
             if produced - self.failed_at >= PROGRESS_TOKENS {
                 self.failures = 0;
                 self.avoid.clear();
+                self.spec.deaths.lock().clear();
+            }
+            if reason == Reason::Died {
+                self.count_death(avoid.first())?;
             }
             self.failed_at = produced;
             self.failures += 1;
@@ -64,6 +68,21 @@ impl Sequence {
         let left = self.spec.deadline.saturating_duration_since(Instant::now());
         sleep(wait.min(left)).await;
         Ok(())
+    }
+
+    /// A request that kills the workers that compute it must not reach them all.
+    fn count_death(&self, incarnation: Option<&String>) -> Result<(), ApiError> {
+        let count = {
+            let mut deaths = self.spec.deaths.lock();
+            deaths.extend(incarnation.cloned());
+            deaths.len()
+        };
+        if count < self.shared.config.retry.max_deaths {
+            return Ok(());
+        }
+        self.shared.metrics.poisoned.inc();
+        warn!(request.id = ?self.spec.request_id, workers = count, "workers died while they ran this request: giving it up");
+        Err(ApiError::poisoned(count))
     }
 
     pub(super) fn permit_retry(&self, reason: Reason) -> Result<(), ApiError> {
