@@ -53,6 +53,9 @@ impl Config {
     }
 }
 
+/// How long the errors with which requests are cut off may take to leave.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// Accepted connections of both fronts.
 #[derive(Debug)]
 pub struct Incoming<H, G> {
@@ -117,6 +120,7 @@ pub async fn serve<H: Io, G: Io>(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let (tasks, workers_stop) = (Tasks::new(), CancellationToken::new());
+    let cut = CancellationToken::new();
     let fleet = common.fleets.open();
     let pipeline = Pipeline::new(
         config.pipeline,
@@ -125,6 +129,7 @@ pub async fn serve<H: Io, G: Io>(
         &common,
         seams.clone(),
         tasks.clone(),
+        cut.clone(),
     );
     let front = Front {
         pipeline: pipeline.clone(),
@@ -164,7 +169,11 @@ pub async fn serve<H: Io, G: Io>(
     info!("draining");
     match tasks.drain(config.drain).await {
         Drained::Whole => info!("every request ended"),
-        Drained::Late { left } => warn!(left, "requests were cut off at the drain's deadline"),
+        Drained::Late { left } => {
+            warn!(left, "requests are cut off at the drain's deadline");
+            cut.cancel();
+            tasks.drain(LAST_WORDS).await;
+        }
     }
     abort.cancel();
     grpc.abort();

@@ -12,7 +12,7 @@ mod sequence;
 use std::{
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -26,6 +26,7 @@ use proto::v1::{FinishReason, Stop, Token};
 use telemetry::shutdown::Tasks;
 use text::{INLINE_BYTES, Piece, Text};
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 pub(crate) use choice::Counts;
 pub use retry::RetryConfig;
@@ -121,6 +122,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Arc<RouterMetrics>,
     pub(crate) seams: Seams,
     tasks: Tasks,
+    /// Ends every request that still runs.
+    cut: CancellationToken,
     admission: Arc<Admission>,
     budget: Arc<Budget>,
 }
@@ -152,7 +155,9 @@ type Events = Pin<Box<dyn Stream<Item = Result<Event, ApiError>> + Send>>;
 
 /// A request on its way. Dropping it cancels everything that was started for it.
 pub(crate) struct Generation {
-    events: Events,
+    /// None once they were cut off.
+    events: Option<Events>,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Choices, prompt by prompt.
     pub(crate) choices: u32,
 }
@@ -161,7 +166,17 @@ impl Stream for Generation {
     type Item = Result<Event, ApiError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.events.as_mut().poll_next(cx)
+        let this = &mut *self;
+        let Some(events) = &mut this.events else {
+            return Poll::Ready(None);
+        };
+        if let Poll::Ready(event) = events.as_mut().poll_next(cx) {
+            return Poll::Ready(event);
+        }
+        ready!(this.cut.as_mut().poll(cx));
+        this.events = None;
+        let message = "The server is shutting down.";
+        Poll::Ready(Some(Err(ApiError::unavailable(message, 1))))
     }
 }
 
@@ -173,6 +188,7 @@ impl Pipeline {
         common: &Common,
         seams: Seams,
         tasks: Tasks,
+        cut: CancellationToken,
     ) -> Self {
         Self(Arc::new(Shared {
             config,
@@ -181,6 +197,7 @@ impl Pipeline {
             metrics: Arc::clone(&common.series),
             seams,
             tasks,
+            cut,
             admission: Arc::clone(&common.admission),
             budget: Arc::clone(&common.budget),
         }))
@@ -268,7 +285,8 @@ impl Pipeline {
         }
         let run = Run::new(Arc::clone(shared), ticket, answers);
         Ok(Generation {
-            events: Box::pin(run.into_stream()),
+            events: Some(Box::pin(run.into_stream())),
+            cut: Box::pin(shared.cut.clone().cancelled_owned()),
             choices,
         })
     }

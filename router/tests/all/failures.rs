@@ -381,7 +381,7 @@ async fn a_drain_lets_running_answers_end_and_takes_no_new_ones() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_still_runs_at_the_drain_s_deadline_is_cut_off() {
+async fn what_still_runs_at_the_drain_s_deadline_ends_with_an_error() {
     let mut setup = Setup::of(1, 1);
     setup.config.drain = Duration::from_secs(5);
     let harness = setup.start().await;
@@ -396,7 +396,8 @@ async fn what_still_runs_at_the_drain_s_deadline_is_cut_off() {
     harness.begin_stop();
     let start = tokio::time::Instant::now();
     let decode = harness.decode[0].clone();
-    harness.stop().await;
+    let (rest, ()) = tokio::join!(events.rest(), harness.stop());
+    assert!(rest.last().unwrap().contains("shutting down"), "{rest:?}");
     assert!(
         start.elapsed() < Duration::from_secs(8),
         "{:?}",
