@@ -178,7 +178,7 @@ struct Reduce {
     }
 };
 
-template <u32 WGS, u32 DEEP, u32 T, u32 KS, u32 STAGES, bool GROUPED, u32 CTAS>
+template <u32 WGS, u32 DEEP, u32 T, u32 KS, u32 STAGES, bool GROUPED>
 DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmArgs& args) {
     constexpr u32 ROWS = 64 * WGS, BOX = !GROUPED && T % 64 == 0 ? 64 : T % 32 == 0 && T > 64 ? 32 : 16;  // rows of a TMA box
     constexpr u32 W_BYTES = ROWS * 128, X_BYTES = T * 128, STAGE_BYTES = W_BYTES + X_BYTES, SCALE_BYTES = T * 4 + 16;
@@ -283,7 +283,7 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
             u32 start = group_start<GROUPED>(args, tile.group);
             auto run = [&]<int N>() {
                 float acc[N / 2];
-                constexpr bool TWO = N <= (DEEP * WGS > 2 || CTAS * DEEP * WGS > 2 ? 32 : KS == 1 ? 128 : 64);
+                constexpr bool TWO = N <= (KS == 1 ? 128 : 64);
                 multiply<N, STAGES, DEEP, GROUPED, TWO>(acc, mine, w_scale, ring, STAGE_BYTES,
                                                         wg * 64 * 128, W_BYTES, scales + (start + tile.first & 3) * 4, SCALE_BYTES,
                                                         full, empty, step + odd, held);
@@ -341,7 +341,6 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
                     if (tile.tokens <= 80) run.template operator()<80>();
                     else if (tile.tokens <= 96) run.template operator()<96>();
                     else if (tile.tokens <= 112) run.template operator()<112>();
-                    else if (T == 128 || tile.tokens <= 128) run.template operator()<128>();
                     else run.template operator()<T>();
                 }
             }
@@ -351,29 +350,24 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
     if (KS > 1 && warpgroup >= WGS) cluster_wait();  // every thread that has come must
 }
 
-#define FP8_GEMM(WGS, DEEP, T, KS, STAGES, GROUPED, CTAS, NAME)                                                        \
-    extern "C" __global__ void __launch_bounds__(WGS * DEEP * 128 + (T > 64 && KS == 1 ? 128 : 32), CTAS)              \
+#define FP8_GEMM(WGS, DEEP, T, KS, STAGES, GROUPED, NAME)                                                              \
+    extern "C" __global__ void __launch_bounds__(WGS * DEEP * 128 + (T > 64 && KS == 1 ? 128 : 32), 1)                 \
         NAME(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const GemmArgs args) {  \
-        fp8_gemm<WGS, DEEP, T, KS, STAGES, GROUPED, CTAS>(w_map, x_map, args);                                         \
+        fp8_gemm<WGS, DEEP, T, KS, STAGES, GROUPED>(w_map, x_map, args);                                         \
     }
 
-// Names: fp8_gemm_r<rows>_t<tokens>, k<CTAs that share K>, d2 for two warpgroups on alternate blocks, c2 for two CTAs a
-// multiprocessor; the launcher (src/cuda/gemm.rs) reads this list. README.md has each one's time.
+// Names: fp8_gemm_r<rows>_t<tokens>, k<CTAs that share K>, d2 for two warpgroups on alternate blocks; the launcher
+// (src/cuda/gemm.rs) reads this list. README.md has each one's time.
 // Dense.
-FP8_GEMM(1, 1, 64, 1, 12, false, 1, fp8_gemm_r64_t64_k1)
-FP8_GEMM(1, 2, 64, 1, 12, false, 1, fp8_gemm_r64_t64_k1_d2)
-FP8_GEMM(1, 2, 64, 2, 12, false, 1, fp8_gemm_r64_t64_k2_d2)
-FP8_GEMM(1, 2, 64, 3, 12, false, 1, fp8_gemm_r64_t64_k3_d2)
-FP8_GEMM(2, 1, 64, 2, 8, false, 1, fp8_gemm_r128_t64_k2)
-FP8_GEMM(2, 1, 64, 3, 8, false, 1, fp8_gemm_r128_t64_k3)
-FP8_GEMM(2, 2, 64, 3, 6, false, 1, fp8_gemm_r128_t64_k3_d2)
-FP8_GEMM(2, 1, 64, 4, 3, false, 2, fp8_gemm_r128_t64_k4_c2)
-FP8_GEMM(3, 1, 64, 1, 6, false, 1, fp8_gemm_r192_t64_k1)
-FP8_GEMM(2, 1, 128, 2, 5, false, 1, fp8_gemm_r128_t128_k2)
-FP8_GEMM(2, 1, 128, 4, 5, false, 1, fp8_gemm_r128_t128_k4)
-FP8_GEMM(2, 1, 128, 1, 6, false, 1, fp8_gemm_r128_t128_k1)
+FP8_GEMM(1, 2, 64, 1, 12, false, fp8_gemm_r64_t64_k1_d2)
+FP8_GEMM(1, 2, 64, 2, 12, false, fp8_gemm_r64_t64_k2_d2)
+FP8_GEMM(1, 2, 64, 3, 12, false, fp8_gemm_r64_t64_k3_d2)
+FP8_GEMM(2, 1, 64, 2, 8, false, fp8_gemm_r128_t64_k2)
+FP8_GEMM(3, 1, 64, 1, 6, false, fp8_gemm_r192_t64_k1)
+FP8_GEMM(2, 1, 128, 2, 5, false, fp8_gemm_r128_t128_k2)
+FP8_GEMM(2, 1, 128, 4, 5, false, fp8_gemm_r128_t128_k4)
+FP8_GEMM(2, 1, 128, 1, 6, false, fp8_gemm_r128_t128_k1)
 // Grouped, masked and contiguous.
-FP8_GEMM(2, 1, 16, 1, 11, true, 1, fp8_gemm_grouped_r128_t16)
-FP8_GEMM(2, 1, 64, 1, 8, true, 1, fp8_gemm_grouped_r128_t64)
-FP8_GEMM(2, 1, 128, 1, 6, true, 1, fp8_gemm_grouped_r128_t128)
-FP8_GEMM(2, 1, 160, 1, 5, true, 1, fp8_gemm_grouped_r128_t160)
+FP8_GEMM(2, 1, 16, 1, 11, true, fp8_gemm_grouped_r128_t16)
+FP8_GEMM(2, 1, 64, 1, 8, true, fp8_gemm_grouped_r128_t64)
+FP8_GEMM(2, 1, 128, 1, 6, true, fp8_gemm_grouped_r128_t128)

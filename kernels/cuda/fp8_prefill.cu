@@ -238,12 +238,6 @@ DEVICE void fp8_prefill(const TensorMap& w_map, const TensorMap& x_map, const Te
     }
 
 // Names: fp8_prefill_t<tokens>_n<weights>, then what a cluster of two shares; the launcher (src/cuda/gemm.rs) reads this list.
-FP8_PREFILL(2, 2, 128, ALONE, 3, true, false, fp8_prefill_t256_n128)
-FP8_PREFILL(2, 2, 128, ALONE, 4, false, false, fp8_prefill_t256_n128_hand)
-FP8_PREFILL(2, 2, 128, TOKENS, 4, false, false, fp8_prefill_t256_n128_tokens_hand)
-FP8_PREFILL(2, 2, 128, WEIGHTS, 4, false, false, fp8_prefill_t256_n128_weights_hand)
+FP8_PREFILL(2, 2, 128, ALONE, 4, false, false, fp8_prefill_t256_n128)
 FP8_PREFILL(2, 1, 192, WEIGHTS, 4, true, false, fp8_prefill_t128_n192_weights)
-FP8_PREFILL(2, 1, 192, WEIGHTS, 5, false, false, fp8_prefill_t128_n192_weights_hand)
-FP8_PREFILL(2, 2, 128, TOKENS, 4, false, true, fp8_prefill_grouped_t256_n128_tokens_hand)
-FP8_PREFILL(2, 2, 128, TOKENS, 3, true, true, fp8_prefill_grouped_t256_n128_tokens)
 FP8_PREFILL(3, 1, 128, TOKENS, 4, true, true, fp8_prefill_grouped_t192_n128_tokens)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes wgmma.cuh: one overload per tensor-core shape the kernels use. Run it again after adding a shape."""
 
-SS_FP8 = [16, 32, 48, 64, 80, 96, 112, 128, 160, 192]
+SS_FP8 = [16, 32, 48, 64, 80, 96, 112, 128, 192]
 SS_BF16 = [64, 128]
 SS_BF16_N = [256]  # B with n contiguous (V), A from shared memory
 RS_BF16_N = [128, 256]  # B with n contiguous (V), A from registers

@@ -44,10 +44,11 @@ pub(crate) fn cases() -> Vec<Case> {
             let chosen = gemm::choose(m, n, k, 132);
             let fits = |i: &&Instance| {
                 let tiles = n.div_ceil(i.rows as usize) as u32 * i.split_k;
-                let one_wave = i.split_k == 1 || tiles <= 132 * i.resident + 28;
+                let one_wave = i.split_k == 1 || tiles <= 160;
                 !i.grouped
                     && (i.name == chosen
                         || i.tokens as usize >= m && i.tokens as usize <= m.max(64) && one_wave
+                        || i.tokens == 64 && m == 128 && 2 * tiles <= 132
                         || m > 128 && i.tokens > 64 && i.split_k == 1)
             };
             for instance in Instance::all().iter().filter(fits) {

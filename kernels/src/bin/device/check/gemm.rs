@@ -42,6 +42,12 @@ pub(crate) fn cases() -> Vec<Case> {
             move |h| dense(h, None, 4096, n, k),
         ));
     }
+    for (n, k) in [(2112, 7168), (320, 384)] {
+        cases.push(Case::new(
+            format!("{} pinned n {n} k {k}", gemm::PINNED),
+            move |h| pinned(h, n, k),
+        ));
+    }
     for instance in Instance::all().iter().filter(|i| !i.grouped) {
         let m = instance.tokens as usize;
         for (m, n, k) in [
@@ -151,6 +157,49 @@ fn dense(
         digests[0] == digests[1],
         unwritten,
     ))
+}
+
+/// The first tokens of a batch have the same bits alone: `wrong` counts outputs that differ.
+fn pinned(h: &Harness, n: usize, k: usize) -> Result<Found> {
+    const ROWS: usize = 300;
+    let x = h.random::<u8>(ROWS * k, Kind::Fp8Normal, 100.0, 1)?;
+    let x_scale = h.random::<f32>(k / 128 * ROWS, Kind::F32Scale, 0.01, 2)?;
+    let w = h.random::<u8>(n * k, Kind::Fp8Normal, 100.0, 3)?;
+    let w_scale = h.random::<f32>(n.div_ceil(128) * (k / 128), Kind::F32Scale, 0.001, 4)?;
+    let weights = Weights {
+        data: h.span(&w),
+        scales: h.span(&w_scale),
+        n,
+        k,
+        groups: 1,
+    };
+    let run = |rows: usize| -> Result<Vec<u16>> {
+        let out = h.poisoned::<u16>(rows * n)?;
+        let activations = Activations {
+            data: h.span(&x),
+            scales: h.span(&x_scale),
+            rows,
+            ld: ROWS,
+        };
+        let out_span = h.span(&out);
+        gemm::dense_with(
+            &h.gpu,
+            &h.stream,
+            gemm::PINNED,
+            activations,
+            weights,
+            out_span,
+            n,
+            false,
+        )?;
+        h.download(&out)
+    };
+    let all = run(ROWS)?;
+    let mut wrong = all.iter().filter(|&&v| v == 0xffff).count();
+    for rows in [1, 7, 64, 129] {
+        wrong += run(rows)?.iter().zip(&all).filter(|(a, b)| a != b).count();
+    }
+    Ok(Found::new(&Error::default(), BOUND, true, wrong))
 }
 
 fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize) -> Result<Found> {
