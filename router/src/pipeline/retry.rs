@@ -105,7 +105,7 @@ pub(crate) fn judge(status: &Status) -> Verdict {
 }
 
 fn is_death(status: &Status) -> bool {
-    std::error::Error::source(status).is_some_and(|source| source.is::<Died>())
+    std::error::Error::source(status).is_some_and(<dyn std::error::Error>::is::<Died>)
 }
 
 /// The pause before retry number `retry` (from 1), with up to half more at random.
