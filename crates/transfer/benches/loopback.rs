@@ -321,6 +321,7 @@ impl Grpc {
                     filled: filled.subscribe(),
                     headers: http::HeaderMap::new(),
                     deadline: tokio::time::Instant::now() + TTL,
+                    sent: Arc::new(|_| {}),
                 },
             )
             .await?;

@@ -67,6 +67,8 @@ pub struct Transfer {
     pub headers: HeaderMap,
     /// When to give up.
     pub deadline: Instant,
+    /// Called with the payload bytes of every piece that leaves, whatever becomes of the transfer.
+    pub sent: Arc<dyn Fn(u64) + Send + Sync>,
 }
 
 /// How a transfer went.
@@ -318,6 +320,7 @@ impl Push {
             .collect();
         let checksum = self.sending.sent(piece, &sums);
         self.report.bytes += payload.len() as u64;
+        (self.transfer.sent)(payload.len() as u64);
         Ok((wire::piece_head(piece, checksum, payload.len()), payload))
     }
 }

@@ -191,10 +191,14 @@ impl WorkerMetrics {
         }
     }
 
-    pub(crate) fn pushed(&self, report: &Report) {
+    /// Bytes left, also of a transfer that fails or is given up.
+    pub(crate) fn sent(&self, bytes: u64) {
         self.transfer_bytes
             .with_label_values(&["sent", GRPC])
-            .inc_by(report.bytes);
+            .inc_by(bytes);
+    }
+
+    pub(crate) fn pushed(&self, report: &Report) {
         let duration = self.transfer_duration.with_label_values(&["sent", GRPC]);
         duration.observe(report.took.as_secs_f64());
     }

@@ -195,6 +195,10 @@ impl Run {
             filled: self.filled.subscribe(),
             headers: self.context.headers.clone(),
             deadline: self.context.deadline,
+            sent: {
+                let metrics = Arc::clone(&self.shared.metrics);
+                Arc::new(move |bytes| metrics.sent(bytes))
+            },
         };
         Ok(Box::pin(transfer::push(channel, transfer)))
     }

@@ -56,11 +56,20 @@ async fn a_sequence_that_ends_before_it_is_filled_seals_nothing() {
     let lease = there.reserve();
     let address = there.address.to_string();
     let channel = Channels::new(crate::tcp()).get(&address).unwrap();
-    let transfer = here.transfer(&address, there.identity(lease));
+    let sent = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&sent);
+    let transfer = Transfer {
+        sent: Arc::new(move |bytes| {
+            count.fetch_add(bytes as usize, Ordering::SeqCst);
+        }),
+        ..here.transfer(&address, there.identity(lease))
+    };
     let filled = std::mem::replace(&mut here.filled, watch::Sender::new(Watermarks::new(3)));
     let pushing = push(channel, transfer);
     let (result, ()) = tokio::join!(pushing, async { drop(filled) });
     assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+    let left = sent.load(Ordering::SeqCst);
+    assert_eq!(left, GEOMETRY.block_bytes(), "what left is counted");
     assert!(there.receiver.release(lease));
     assert_eq!((there.receiver.leases(), there.out()), (0, 0));
     there.stop().await;

@@ -252,6 +252,7 @@ impl Here {
             filled: self.filled.subscribe(),
             headers: http::HeaderMap::new(),
             deadline: Instant::now() + Duration::from_secs(20),
+            sent: Arc::new(|_| {}),
         }
     }
 
