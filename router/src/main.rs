@@ -20,3 +20,13 @@ async fn main() -> anyhow::Result<()> {
     telemetry::log::init(&cli.log)?;
     router::run(cli.args).await
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -5,7 +5,9 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// Logging flags; flatten into a command's arguments.
+// No group of its own: those of two structures of this name would clash.
 #[derive(Clone, Debug, clap::Args)]
+#[group(skip)]
 pub struct Args {
     /// What to log: a level or a list of `target=level` (error, warn, info, debug, trace)
     #[arg(
