@@ -184,6 +184,7 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
     constexpr u32 W_BYTES = ROWS * 128, X_BYTES = T * 128, STAGE_BYTES = W_BYTES + X_BYTES, SCALE_BYTES = T * 4 + 16;
     constexpr u32 REDUCE_BYTES = KS == 1 ? 0 : Reduce<T, KS>::template buffer_bytes<128 * WGS>();
     constexpr bool AHEAD = !GROUPED && (T <= 64 || KS > 1);  // fetches weights while the kernel before this one ends
+    constexpr bool LATE = KS > 1;  // lets the next kernel start when all is fetched: measured better where few CTAs leave room
     constexpr u32 CONSUMERS = WGS * DEEP, EXCHANGE_BYTES = DEEP == 1 ? 0 : WGS * 128 * (T / 2) * 4;
     static_assert(STAGES % DEEP == 0, "a stage has one reader, who sees each of its phases");
     static_assert(KS == 1 || WGS * T * STAGE_PITCH <= STAGES * STAGE_BYTES, "the outputs of a cluster reuse the ring");
@@ -208,7 +209,7 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
         prefetch_map(&w_map);
         prefetch_map(&x_map);
     }
-    let_next_kernel_start();
+    if (!LATE) let_next_kernel_start();
     if (!AHEAD) wait_for_previous_kernel();
     if (GROUPED) {
         for (u32 g = threadIdx.x; g < args.groups; g += blockDim.x)
@@ -268,6 +269,7 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
             }
         }
         __syncwarp();
+        if (LATE) let_next_kernel_start();
     } else {
         if (T > 64 && KS == 1) registers_up<232>();
         u32 step = 0, wg = warpgroup % WGS, odd = warpgroup / WGS;
@@ -361,11 +363,9 @@ DEVICE void fp8_gemm(const TensorMap& w_map, const TensorMap& x_map, const GemmA
 // Dense.
 FP8_GEMM(1, 2, 64, 1, 12, false, fp8_gemm_r64_t64_k1_d2)
 FP8_GEMM(1, 2, 64, 2, 12, false, fp8_gemm_r64_t64_k2_d2)
-FP8_GEMM(1, 2, 64, 3, 12, false, fp8_gemm_r64_t64_k3_d2)
 FP8_GEMM(2, 1, 64, 2, 8, false, fp8_gemm_r128_t64_k2)
 FP8_GEMM(3, 1, 64, 1, 6, false, fp8_gemm_r192_t64_k1)
 FP8_GEMM(2, 1, 128, 2, 5, false, fp8_gemm_r128_t128_k2)
-FP8_GEMM(2, 1, 128, 4, 5, false, fp8_gemm_r128_t128_k4)
 FP8_GEMM(2, 1, 128, 1, 6, false, fp8_gemm_r128_t128_k1)
 // Grouped, masked and contiguous.
 FP8_GEMM(2, 1, 16, 1, 11, true, fp8_gemm_grouped_r128_t16)
