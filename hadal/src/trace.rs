@@ -180,6 +180,7 @@ impl<'a, B: Backend> Tracer<'a, B> {
             self.step(tokens, chunk * CHUNK, form, &mut |mut done| {
                 gate_choices(&mut done, tokens.len(), &mut found)
             })?;
+            ensure_numbers(&self.logits)?;
             all.extend_from_slice(&self.logits);
         }
         self.found.append(&mut found);
@@ -306,14 +307,20 @@ fn widen(dtype: DType, bytes: &[u8], values: &mut Vec<f32>) {
     }
 }
 
-/// The best token, the lowest of equals.
-fn greedy(logits: &[f32]) -> Result<u32> {
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let token = logits.iter().position(|&logit| logit >= best);
+/// Absurd weights overflow; what comes of that must not look like a result.
+fn ensure_numbers(logits: &[f32]) -> Result<()> {
     ensure!(
         logits.iter().all(|logit| !logit.is_nan()),
         "the network gave logits that are no numbers"
     );
+    Ok(())
+}
+
+/// The best token, the lowest of equals.
+fn greedy(logits: &[f32]) -> Result<u32> {
+    ensure_numbers(logits)?;
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let token = logits.iter().position(|&logit| logit >= best);
     Ok(token.context("there are no logits")? as u32)
 }
 
