@@ -41,16 +41,18 @@ struct MlaArgs {
 };
 
 // One block of threads. Cuts the blocks of all sequences into at most `parts` runs: where there are fewer sequences than
-// parts, every part gets a piece of one sequence, all of the smallest length that suffices; else runs of equal cost over all
-// sequences, a piece costing OVERHEAD blocks more than its own.
-constexpr u32 OVERHEAD = 2;
+// parts, every part gets a piece of one sequence, all of the smallest length that suffices; where there are more, every part gets
+// whole sequences, if that does not make the longest part much longer; else runs of equal cost over all sequences. A piece costs
+// OVERHEAD blocks more than its own, and cutting sequences (partial results, mla_combine) UNCUT blocks of everybody's time.
+constexpr u32 OVERHEAD = 4, UNCUT = 6;
 // mla_combine gives a sequence of up to GROUPS pieces a group of threads a row, one of more pieces all groups.
-constexpr u32 GROUPS = 4;
+constexpr u32 GROUPS = 8;
 
 // Cuts, by one thread.
 DEVICE void cut(const int* blocks, u32 batch, u32 parts, u32 total, u32 best, Part* out, int* pieces) {
     u32 greedy = ceil_div(total + batch * OVERHEAD, parts) + OVERHEAD;
-    bool whole = best <= greedy;
+    bool one = batch <= parts && best <= greedy, uncut = batch > parts && best <= greedy + UNCUT;
+    u32 overhead = one ? 0 : OVERHEAD, limit = one || uncut ? best : greedy;
     u32 seq = 0, block = 0, slot = 0, split = 0;
     pieces[0] = 0;
     for (u32 p = 0; p < parts; ++p) {
@@ -60,22 +62,23 @@ DEVICE void cut(const int* blocks, u32 batch, u32 parts, u32 total, u32 best, Pa
             continue;
         }
         Part part = {(int)seq, (int)block, (int)seq, (int)block, (int)split};
-        u32 budget = whole ? best : greedy;
+        u32 budget = limit;
         bool last = p + 1 == parts;
         while (seq < batch) {
-            u32 left = (u32)blocks[seq] - block, cost = left + (whole ? 0 : OVERHEAD);
-            part.last_seq = (int)seq;
+            u32 left = (u32)blocks[seq] - block, cost = left + overhead;
             if (cost <= budget || last) {
+                part.last_seq = (int)seq;
                 part.end_block = blocks[seq];
                 slot += 1;
                 budget = cost <= budget ? budget - cost : 0;
                 block = split = 0;
                 pieces[++seq] = (int)slot;
                 while (seq < batch && blocks[seq] == 0) pieces[++seq] = (int)slot;
-                if (seq == batch || !last && (whole || budget <= 2 * OVERHEAD)) break;
+                if (seq == batch || !last && (one || !uncut && budget <= 2 * OVERHEAD)) break;
             } else {
-                u32 take = budget - (whole ? 0 : OVERHEAD);
-                block += take;
+                if (uncut) break;
+                part.last_seq = (int)seq;
+                block += budget - overhead;
                 part.end_block = (int)block;
                 slot += 1;
                 split += 1;
@@ -99,11 +102,19 @@ extern "C" __global__ void __launch_bounds__(1024)
         atomicAdd(&total, (u32)blocks[i]);
     }
     __syncthreads();
-    u32 least = max_u32(ceil_div(total, parts), 1);
     if (batch <= parts) {
-        u32 length = least + threadIdx.x, used = 0;
+        u32 length = max_u32(ceil_div(total, parts), 1) + threadIdx.x, used = 0;
         for (u32 i = 0; i < batch; ++i) used += ceil_div((u32)blocks[i], length);
         if (used <= parts) atomicMin(&best, length);
+    } else {
+        u32 limit = ceil_div(total + batch * OVERHEAD, parts) + threadIdx.x, used = 1, sum = 0;
+        for (u32 i = 0; i < batch; ++i) {
+            u32 cost = blocks[i] == 0 ? 0 : (u32)blocks[i] + OVERHEAD;
+            if (cost > limit) used = parts + 1;
+            if (sum + cost > limit) used += 1, sum = 0;
+            sum += cost;
+        }
+        if (used <= parts) atomicMin(&best, limit);
     }
     __syncthreads();
     if (threadIdx.x == 0) cut(blocks, batch, parts, total, best, out, pieces);
@@ -187,7 +198,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         prefetch_map(&kv_map);
     }
     wait_for_previous_kernel();
-    let_next_kernel_start();
     __syncthreads();
 
     u32 rows = args.queries * args.heads, row_tiles = ceil_div(rows, 64);
@@ -255,6 +265,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         float max[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (u32 i = 0; i < 128; ++i) o[i] = 0.0f;
+        int slot = args.pieces[seq], pieces = args.pieces[seq + 1] - slot;
+        if (seq == part.first_seq) slot += part.split;
         mbar_wait(q_full, segment & 1);
 
         // Masks, then the largest score of each row over the quad's lanes, starting from `top`.
@@ -405,8 +417,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if ((lane & 3) == 0) (wg == 0 ? sum0 : sum1)[row + 8 * h] = sum[h];
         }
         named_sync(4, 256);  // the sums are there, and nobody reads Q any more
-        int first_slot = args.pieces[seq], pieces = args.pieces[seq + 1] - first_slot;
-        u32 slot = first_slot + (seq == part.first_seq ? part.split : 0), pitch = row_tiles * 64;
+        // Not before: mla_combine's blocks would crowd on the first multiprocessors that have room.
+        let_next_kernel_start();
+        u32 pitch = row_tiles * 64;
         float by[2];
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
@@ -457,83 +470,72 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
 // Adds the pieces of every row that has several. 64 threads hold a row's 512 columns; a row of more than GROUPS pieces is shared
 // by all groups, each of which takes every GROUPS-th piece.
-constexpr u32 MAX_PIECES = 160;
-extern "C" __global__ void __launch_bounds__(64 * GROUPS) mla_combine(const MlaArgs args) {
+constexpr u32 MAX_PIECES = 160, AT_ONCE = 8;  // pieces that a thread loads at once
+extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const MlaArgs args) {
+    __shared__ float share[2][MAX_PIECES];  // of a piece, times the magnitude of its columns' half
     __shared__ float partial_sums[GROUPS][64][9];
     wait_for_previous_kernel();
     let_next_kernel_start();
     u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64, units = (u32)args.rows[0];
-    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31;
+    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31, half = t >> 5;
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
         uint4 entry = ((const uint4*)args.rows)[1 + unit];
         u32 seq = entry.x, first = entry.z, count = entry.w;
-        bool alone = count <= GROUPS;
-        u32 row = entry.y + (alone ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;
-        if (alone && row >= rows) continue;
-        const u16* from = args.partial + ((u64)first * pitch + row) * LATENT + t * 8;
-        uint4 v[32 / GROUPS];
-        auto load = [&](u32 base) {
+        bool alone = count <= GROUPS, valid = !alone || entry.y + group < rows;
+        u32 row = entry.y + (alone && valid ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;
+        u64 stride = (u64)step * pitch * LATENT;
+        const u16* from = args.partial + ((u64)(first + begin) * pitch + row) * LATENT + t * 8;
+        const float4* sums = args.sums + (u64)first * pitch + row;
+        uint4 v[AT_ONCE];
+        auto load = [&](u32 piece) {
 #pragma unroll
-            for (u32 k = 0; k < 32 / GROUPS; ++k) {
-                u32 piece = base + begin + step * k;
-                v[k] = piece < count ? __ldcs((const uint4*)(from + (u64)piece * pitch * LATENT)) : uint4{0, 0, 0, 0};
-            }
+            for (u32 k = 0; k < AT_ONCE; ++k, piece += step, from += stride)
+                if (piece < count) v[k] = __ldcs((const uint4*)from);
         };
-        load(0);
-        // Lane l knows pieces l, l + 32, ...
-        float lse[MAX_PIECES / 32], magnitude[MAX_PIECES / 32], top = -1e30f, total = 0.0f;
-#pragma unroll
-        for (u32 c = 0; c < MAX_PIECES / 32; ++c) {
-            bool there = c * 32 + lane < count;
-            float4 sums = there ? args.sums[(u64)(first + c * 32 + lane) * pitch + row] : float4{-1e30f, 0.0f, 0.0f, 0.0f};
-            lse[c] = sums.x;
-            magnitude[c] = t < 32 ? sums.y : sums.z;
-            top = fmaxf(top, lse[c]);
-        }
+        load(begin);
+        float top = -1e30f, total = 0.0f;
+        for (u32 i = lane; i < count; i += 32) top = fmaxf(top, sums[(u64)i * pitch].x);
 #pragma unroll
         for (u32 shift = 16; shift > 0; shift /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, shift));
-#pragma unroll
-        for (u32 c = 0; c < MAX_PIECES / 32; ++c) {
-            float weight = c * 32 + lane < count ? exp2_approx(lse[c] - top) : 0.0f;
+        float* mine = share[half] + (alone ? group * GROUPS : 0);
+        for (u32 i = lane; i < count; i += 32) {
+            float4 piece = sums[(u64)i * pitch];
+            float weight = exp2_approx(piece.x - top);
             total += weight;
-            magnitude[c] *= weight;
+            if (alone || group == 0) mine[i] = weight * (half == 0 ? piece.y : piece.z);
         }
 #pragma unroll
         for (u32 shift = 16; shift > 0; shift /= 2) total += __shfl_xor_sync(0xffffffff, total, shift);
-        float sum[8] = {};
+        __syncthreads();
+        float sum[8] = {}, inverse = reciprocal(total);
+        for (u32 piece = begin; piece < count;) {
+            if (piece > begin) load(piece);
 #pragma unroll
-        for (u32 c = 0; c < MAX_PIECES / 32; ++c) {
-            if (c * 32 >= count) break;
-#pragma unroll
-            for (u32 k = 0; k < 32 / GROUPS; ++k) {
-                float weight = __shfl_sync(0xffffffff, magnitude[c], begin + step * k);
+            for (u32 k = 0; k < AT_ONCE; ++k, piece += step) {
+                if (piece >= count) break;
+                float w = mine[piece];
                 u32 pairs[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
 #pragma unroll
                 for (u32 i = 0; i < 4; ++i) {
                     float2 both = unpack_f16(pairs[i]);
-                    sum[2 * i] += weight * both.x;
-                    sum[2 * i + 1] += weight * both.y;
+                    sum[2 * i] += w * both.x;
+                    sum[2 * i + 1] += w * both.y;
                 }
             }
-            if (c * 32 + 32 < count) load(c * 32 + 32);
         }
+        u16* to = args.out + ((u64)seq * rows + row) * LATENT;
+        if (alone && valid)
+            store_global_16(to + t * 8, uint4{pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse),
+                                              pack_bf16(sum[4] * inverse, sum[5] * inverse), pack_bf16(sum[6] * inverse, sum[7] * inverse)});
         if (!alone) {
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) partial_sums[group][t][i] = sum[i];
             __syncthreads();
-            if (group == 0) {
+            float all = 0.0f;
 #pragma unroll
-                for (u32 g = 1; g < GROUPS; ++g)
-#pragma unroll
-                    for (u32 i = 0; i < 8; ++i) sum[i] += partial_sums[g][t][i];
-            }
-            __syncthreads();
+            for (u32 g = 0; g < GROUPS; ++g) all += partial_sums[g][threadIdx.x >> 3][threadIdx.x & 7];
+            to[threadIdx.x] = to_bf16(all * inverse);
         }
-        if (alone || group == 0) {
-            float inverse = 1.0f / total;
-            *(uint4*)(args.out + ((u64)seq * rows + row) * LATENT + t * 8) =
-                uint4{pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse),
-                      pack_bf16(sum[4] * inverse, sum[5] * inverse), pack_bf16(sum[6] * inverse, sum[7] * inverse)};
-        }
+        __syncthreads();
     }
 }

@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const NormArgs args)
     __shared__ float scratch[32];
     u32 row = blockIdx.x, col = threadIdx.x * 8;
     bool valid = col < args.cols;
-    float weight[8];
+    float weight[8], mean = reciprocal((float)args.cols);
     if (valid) {  // does not depend on the kernel before this one
 #pragma unroll
         for (u32 i = 0; i < 8; i += 4) *(float4*)(weight + i) = __ldg((const float4*)(args.weight + col + i));
@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const NormArgs args)
     float squares = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) squares += x.v[i] * x.v[i];
-    float inverse = reciprocal_root_approx(block_sum(squares, scratch) / (float)args.cols + args.eps);
+    float inverse = reciprocal_root_approx(block_sum(squares, scratch) * mean + args.eps);
     if (valid) {
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) x.v[i] = x.v[i] * inverse * weight[i];
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(256) cache_write(const CacheArgs ar
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) squares += x.v[i] * x.v[i];
     }
-    float inverse = reciprocal_root_approx(block_sum(squares, scratch) / (float)args.latent + args.eps);
+    float inverse = reciprocal_root_approx(block_sum(squares, scratch) * reciprocal((float)args.latent) + args.eps);
     u16* to = args.cache + (((u64)(slot / 64) * args.layers + args.layer) * 64 + slot % 64) * width + col;
     if (col < args.latent) {
 #pragma unroll

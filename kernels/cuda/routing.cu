@@ -14,7 +14,7 @@ struct GateArgs {
     u32 normalise;
 };
 
-constexpr u32 MAX_PER_LANE = 8;
+constexpr u32 MAX_PER_LANE = 8;  // the tree of maxima below is written for it
 
 // A number that orders as the floats do, with NaN above everything: a broken score is chosen and its weight shows it.
 DEVICE u32 ordered(float x) {
@@ -30,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(128) gate(const GateArgs args) {
     float bias[MAX_PER_LANE];
 #pragma unroll
     for (u32 i = 0; i < MAX_PER_LANE; ++i) bias[i] = i < per ? __ldg(args.bias + first + i) : 0.0f;
+    let_next_kernel_start();  // few and small blocks: they may wait in numbers
     wait_for_previous_kernel();
-    let_next_kernel_start();
     if (token >= args.tokens) return;
 
     float score[MAX_PER_LANE];
@@ -68,13 +68,14 @@ extern "C" __global__ void __launch_bounds__(128) gate(const GateArgs args) {
     float mine = 0.0f, total = 0.0f;
     int chosen = 0;
     for (u32 k = 0; k < args.top_k; ++k) {
-        u32 top = 0, at = 0;
+        u32 top = max_u32(max_u32(max_u32(key[0], key[1]), max_u32(key[2], key[3])),
+                          max_u32(max_u32(key[4], key[5]), max_u32(key[6], key[7])));
+        u32 highest = __reduce_max_sync(0xffffffff, top), at = 0;
+        u32 winner = __ffs(__ballot_sync(0xffffffff, top == highest)) - 1;
         float value = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < MAX_PER_LANE; ++i)
-            if (key[i] > top) top = key[i], at = i, value = score[i];
-        u32 highest = __reduce_max_sync(0xffffffff, top);
-        u32 winner = __ffs(__ballot_sync(0xffffffff, top == highest)) - 1;
+        for (u32 i = MAX_PER_LANE; i-- > 0;)
+            if (key[i] == highest) at = i, value = score[i];
 #pragma unroll
         for (u32 i = 0; i < MAX_PER_LANE; ++i)
             if (lane == winner && i == at) key[i] = 0;

@@ -105,9 +105,10 @@ impl Absorbed {
     pub const LAYER: usize = 1;
 
     /// Names and lengths of the sequences of the cases.
-    pub fn lengths() -> [(&'static str, Vec<usize>); 6] {
+    pub fn lengths() -> [(&'static str, Vec<usize>); 7] {
         let mut random = Random(3);
-        let many = (0..150).map(|_| 4 + random.below(600)).collect();
+        let many: Vec<usize> = (0..150).map(|_| 4 + random.below(600)).collect();
+        let uneven = many.iter().copied().chain([5000, 0]).collect();
         [
             ("one token beyond the queries", vec![5]),
             ("block edges", vec![4, 63, 64, 65, 127, 128, 129, 192]),
@@ -115,6 +116,7 @@ impl Absorbed {
             ("four long", vec![4096, 4000, 3999, 64]),
             ("an empty one", vec![100, 0, 700]),
             ("more than parts", many),
+            ("more than parts and a long one", uneven),
         ]
     }
 

@@ -266,7 +266,7 @@ pub fn decode(
     let blocks = rows.min(gpu.sms() as usize * 4) as u32;
     // SAFETY: mla_combine(MlaArgs).
     unsafe {
-        Launch::new(blocks, 256, overlap).run(
+        Launch::new(blocks, 512, overlap).run(
             gpu,
             stream,
             "mla_decode",
