@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (wg == 2) {
         registers_down<40>();
-        if (lane == 0) {
+        if (elect_one()) {  // not lane == 0: the compiler would wrap every copy in a loop over differing registers
             // One warp for each half of a K block, so that none waits for another's readers: K0 left, K1 right, K0 right with
             // its rope tile, K1 left with its rope tile. Each is free when one warpgroup has used it as V.
             u32 half = warp - 8, buffer = half & 1, k = buffer ? k1 : k0;
@@ -462,6 +462,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             store_global_16(to + at * LATENT + column * 8,
                             load_shared_16(staged + (column >> 3) * TILE + at * 128 + ((column & 7) ^ (at & 7)) * 16));
         }
+        if (seq == part.last_seq) break;
         fence_async();
         __syncwarp();
         if (lane == 0) mbar_arrive(q_empty);
@@ -472,12 +473,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 // by all groups, each of which takes every GROUPS-th piece.
 constexpr u32 MAX_PIECES = 160, AT_ONCE = 8;  // pieces that a thread loads at once
 extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const MlaArgs args) {
-    __shared__ float share[2][MAX_PIECES];  // of a piece, times the magnitude of its columns' half
+    __shared__ float4 known[MAX_PIECES];  // log-sum-exp and magnitudes of the pieces (of up to GROUPS for each row)
     __shared__ float partial_sums[GROUPS][64][9];
     wait_for_previous_kernel();
     let_next_kernel_start();
     u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64, units = (u32)args.rows[0];
-    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31, half = t >> 5;
+    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31;
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
         uint4 entry = ((const uint4*)args.rows)[1 + unit];
         u32 seq = entry.x, first = entry.z, count = entry.w;
@@ -485,7 +486,8 @@ extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const M
         u32 row = entry.y + (alone && valid ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;
         u64 stride = (u64)step * pitch * LATENT;
         const u16* from = args.partial + ((u64)(first + begin) * pitch + row) * LATENT + t * 8;
-        const float4* sums = args.sums + (u64)first * pitch + row;
+        u32 own = alone ? t : threadIdx.x;  // the piece whose sums this thread fetches
+        float4 sums = own < count ? args.sums[(u64)(first + own) * pitch + row] : float4{0.0f, 0.0f, 0.0f, 0.0f};
         uint4 v[AT_ONCE];
         auto load = [&](u32 piece) {
 #pragma unroll
@@ -493,27 +495,23 @@ extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const M
                 if (piece < count) v[k] = __ldcs((const uint4*)from);
         };
         load(begin);
+        float4* pieces = known + (alone ? group * GROUPS : 0);
+        if (own < count) pieces[own] = sums;
+        __syncthreads();
         float top = -1e30f, total = 0.0f;
-        for (u32 i = lane; i < count; i += 32) top = fmaxf(top, sums[(u64)i * pitch].x);
+        for (u32 i = lane; i < count; i += 32) top = fmaxf(top, pieces[i].x);
 #pragma unroll
         for (u32 shift = 16; shift > 0; shift /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, shift));
-        float* mine = share[half] + (alone ? group * GROUPS : 0);
-        for (u32 i = lane; i < count; i += 32) {
-            float4 piece = sums[(u64)i * pitch];
-            float weight = exp2_approx(piece.x - top);
-            total += weight;
-            if (alone || group == 0) mine[i] = weight * (half == 0 ? piece.y : piece.z);
-        }
+        for (u32 i = lane; i < count; i += 32) total += exp2_approx(pieces[i].x - top);
 #pragma unroll
         for (u32 shift = 16; shift > 0; shift /= 2) total += __shfl_xor_sync(0xffffffff, total, shift);
-        __syncthreads();
         float sum[8] = {}, inverse = reciprocal(total);
         for (u32 piece = begin; piece < count;) {
             if (piece > begin) load(piece);
 #pragma unroll
             for (u32 k = 0; k < AT_ONCE; ++k, piece += step) {
                 if (piece >= count) break;
-                float w = mine[piece];
+                float w = exp2_approx(pieces[piece].x - top) * (t < 32 ? pieces[piece].y : pieces[piece].z);
                 u32 pairs[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
 #pragma unroll
                 for (u32 i = 0; i < 4; ++i) {

@@ -206,13 +206,6 @@ DEVICE void tma_2d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int 
         "l"((u64)map), "r"(bar), "r"(x), "r"(y), "h"(mask), "l"(policy)
         : "memory");
 }
-DEVICE void tma_4d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, int w, u16 mask, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
-        "l"((u64)map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "h"(mask), "l"(policy)
-        : "memory");
-}
 // From shared memory (written before a fence_async) to memory; rows and columns beyond the tensor are not written. Stores of a
 // thread since its last commit are a group.
 DEVICE void tma_store_2d(const TensorMap* map, u32 src, int x, int y) {

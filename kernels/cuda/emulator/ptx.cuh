@@ -197,10 +197,6 @@ inline void tma_4d(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, 
     int at[] = {x, y, z, w};
     emulator::copy_box(dst, map, bar, at, 4, 0);
 }
-inline void tma_4d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, int w, u16 mask, u64) {
-    int at[] = {x, y, z, w};
-    emulator::copy_box(dst, map, bar, at, 4, mask);
-}
 inline void tma_store_2d(const TensorMap* map, u32 src, int x, int y) { emulator::store_box(src, map, x, y); }
 inline void store_commit() {}
 inline void store_wait() {}
