@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     int first_query = args.query_start[seq], queries = args.query_start[seq + 1] - first_query;
     int first_token = args.context_start[seq], tokens = args.context_start[seq + 1] - first_token;
     // As many heads side by side as have their keys and values (512 bytes a token) in 32 MB of L2, their longest tiles first.
-    u32 at_once = min_u32(max_u32((32u << 20) / 512 / (u32)max(tokens, 1), 1), 8);
+    u32 at_once = min_u32(max_u32((32u << 20) / 512 / (u32)max(tokens, 1), 1), 16);
     u32 index = blockIdx.y * gridDim.x + blockIdx.x, group = index / (at_once * gridDim.x) * at_once;
     u32 width = min_u32(at_once, gridDim.y - group), within = index - group * gridDim.x, head = group + within % width;
     int tile = (int)(gridDim.x - 1 - within / width) * (int)Q_ROWS;
