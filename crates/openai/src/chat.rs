@@ -57,6 +57,7 @@ impl Role {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a JSON object")]
 struct Fields {
     model: String,
     messages: Vec<RawMessage>,

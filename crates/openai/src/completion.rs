@@ -38,6 +38,7 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 const MAX_PROMPTS: usize = 128;
 
 #[derive(Deserialize)]
+#[serde(expecting = "a JSON object")]
 struct Fields {
     model: String,
     prompt: Option<RawPrompt>,
