@@ -2,6 +2,7 @@
 
 use kernels::cases::attention::{Absorbed, Expanded};
 use kernels::cases::cache::{CacheWrite, Rope};
+use kernels::cases::gemm::{Gemm, Grouped};
 use kernels::cases::moe::{Gate, Moves};
 use kernels::cases::rows::{AddNorm, Quantise, Swiglu};
 use kernels::cases::{Judged, Operation};
@@ -86,4 +87,16 @@ fn the_gate_and_the_order_of_copies() {
         .filter(|(tokens, _)| *tokens < 1000);
     let moves = |(tokens, slots)| (format!("{tokens} tokens"), Moves::new(tokens, slots));
     right(small.map(moves));
+}
+
+#[test]
+fn products_of_fp8_blocks() {
+    let shapes = Gemm::SHAPES.into_iter();
+    let all = shapes.flat_map(|(n, k)| Gemm::ROWS.map(|m| (m, n, k)));
+    // Large weights are not even made.
+    let small = all.filter(|(m, n, k)| m * n * k < 50_000_000);
+    right(small.map(|(m, n, k)| (format!("fp8 {m} x {n} x {k}"), Gemm::new(m, n, k))));
+    right(
+        [(512, 128), (256, 128)].map(|(n, k)| (format!("experts {n} x {k}"), Grouped::new(n, k))),
+    );
 }

@@ -13,10 +13,10 @@ use crate::{docs, layers, licences, python, run, workspace};
 /// What to run.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Also what takes long: ignored tests, CUDA kernels compiled, more seeds where a test takes HADAL_DEEP
+    /// Also what takes long: ignored tests (CUDA kernels on the host among them), more seeds where a test takes HADAL_DEEP
     #[arg(long)]
     deep: bool,
-    /// Only tests, not formatting, layers, licences, lints and pages
+    /// Only tests, not formatting, layers, licences, lints, CUDA kernels and pages
     #[arg(long)]
     tests_only: bool,
     /// Only tests whose name holds this
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         hadal = Some(workspace::build_hadal()?);
         Ok(())
     });
-    if args.deep {
+    if !args.tests_only {
         steps.step("CUDA kernels", compile_kernels);
     }
     if let Some(hadal) = hadal {

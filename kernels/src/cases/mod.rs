@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod cache;
+pub mod gemm;
 pub mod moe;
 pub mod rows;
 

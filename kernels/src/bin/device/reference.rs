@@ -12,8 +12,3 @@ pub(crate) fn e4m3(x: u8) -> f64 {
         _ => (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7),
     }
 }
-
-/// The values of all E4M3 bytes.
-pub(crate) fn e4m3_table() -> [f64; 256] {
-    std::array::from_fn(|i| e4m3(i as u8))
-}

@@ -2,31 +2,32 @@
 
 use std::collections::BTreeMap;
 
+use kernels::cases::gemm::{Gemm, Grouped, Operands};
+use kernels::cases::{self, Operation, floats, sample};
+use kernels::cuda::Span;
 use kernels::cuda::gemm::{self, Activations, Groups, Instance, Weights};
 use kernels::cuda::probe::Kind;
 
-use super::{Case, Found};
+use super::{Case, Found, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random, bf16, e4m3_table};
+use crate::reference::{Error, Random, bf16};
 
 /// BF16 output and the tensor cores' 14-bit sums inside a block.
-const BOUND: f64 = 4e-3;
+const BOUND: f64 = Gemm::BOUND;
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (n, k) in [
-        (2112, 7168),
-        (24576, 1536),
-        (7168, 16384),
-        (4096, 7168),
-        (7168, 2048),
-        (64, 128),
-        (576, 384),
-    ] {
-        for m in [1, 7, 33, 64, 127, 200] {
+    for (n, k) in Gemm::SHAPES {
+        for m in Gemm::ROWS {
+            cases.push(shared(format!("fp8_gemm m {m} n {n} k {k}"), None, m, n, k));
+        }
+    }
+    // Too large for the CPU to follow.
+    for (n, k) in [(24576, 1536), (7168, 16384), (4096, 7168)] {
+        for m in Gemm::ROWS {
             cases.push(Case::new(format!("fp8_gemm m {m} n {n} k {k}"), move |h| {
-                dense(h, None, m, n, k)
+                dense(h, m, n, k)
             }));
         }
     }
@@ -39,7 +40,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ] {
         cases.push(Case::new(
             format!("fp8_gemm m 4096 n {n} k {k}"),
-            move |h| dense(h, None, 4096, n, k),
+            move |h| dense(h, 4096, n, k),
         ));
     }
     for (n, k) in [(2112, 7168), (320, 384)] {
@@ -59,39 +60,54 @@ pub(crate) fn cases() -> Vec<Case> {
             if instance.split_k as usize > k / 128 {
                 continue;
             }
-            cases.push(Case::new(
-                format!("{} m {m} n {n} k {k}", instance.name),
-                move |h| dense(h, Some(instance.name), m, n, k),
-            ));
+            let name = format!("{} m {m} n {n} k {k}", instance.name);
+            cases.push(shared(name, Some(instance.name), m, n, k));
         }
     }
     for instance in Instance::all().iter().filter(|i| i.grouped) {
-        for (n, k) in [(4096, 7168), (7168, 2048), (512, 256)] {
-            for masked in [true, false] {
-                let kind = if masked { "masked" } else { "contiguous" };
+        for masked in [true, false] {
+            let kind = if masked { "masked" } else { "contiguous" };
+            for (n, k) in [(4096, 7168), (7168, 2048)] {
                 cases.push(Case::new(
                     format!("{} {kind} 8 groups n {n} k {k}", instance.name),
                     move |h| grouped(h, instance.name, masked, n, k),
                 ));
             }
+            let (n, k) = (512, 256);
+            cases.push(Case::shared(
+                format!("{} {kind} 8 groups n {n} k {k}", instance.name),
+                move || Grouped::new(n, k),
+                move |h, case| experts(h, instance.name, masked, case),
+            ));
         }
     }
     cases
 }
 
-fn dense(
-    h: &Harness,
-    instance: Option<&'static str>,
-    m: usize,
-    n: usize,
-    k: usize,
-) -> Result<Found> {
+/// A case that the CPU computes too.
+fn shared(name: String, instance: Option<&'static str>, m: usize, n: usize, k: usize) -> Case {
+    let gpu = move |h: &Harness, case: &Gemm| product(h, instance, case);
+    Case::shared(name, move || Gemm::new(m, n, k), gpu)
+}
+
+/// Scales `[rows][k / 128]` as the kernels take them, `[k / 128][ld]`, row `i` at `place(i)`.
+fn by_block(scales: &[f32], rows: usize, ld: usize, place: impl Fn(usize) -> usize) -> Vec<f32> {
+    let blocks = scales.len() / rows;
+    let mut out = vec![f32::NAN; blocks * ld];
+    for row in 0..rows {
+        for block in 0..blocks {
+            out[block * ld + place(row)] = scales[row * blocks + block];
+        }
+    }
+    out
+}
+
+fn product(h: &Harness, instance: Option<&str>, case: &Gemm) -> Result<Ran<Vec<f32>>> {
+    let Operands { m, n, k, .. } = case.0;
     let ld = m.next_multiple_of(4);
-    let x = h.random::<u8>(m * k, Kind::Fp8Normal, 100.0, 1)?;
-    let x_scale = h.random::<f32>(k / 128 * ld, Kind::F32Scale, 0.01, 2)?;
-    let w = h.random::<u8>(n * k, Kind::Fp8Normal, 100.0, 3)?;
-    let w_scale = h.random::<f32>(n.div_ceil(128) * (k / 128), Kind::F32Scale, 0.001, 4)?;
-    let out = h.poisoned::<u16>(m * n)?;
+    let x = h.upload(&case.0.x)?;
+    let x_scale = h.upload(&by_block(&case.0.x_scale, m, ld, |row| row))?;
+    let (w, w_scale) = (h.upload(&case.0.w)?, h.upload(&case.0.w_scale)?);
     let activations = Activations {
         data: h.span(&x),
         scales: h.span(&x_scale),
@@ -105,33 +121,139 @@ fn dense(
         k,
         groups: 1,
     };
+    let (out, repeats) = twice(h, m * n, |out| {
+        enqueue(h, instance, activations, weights, out)
+    })?;
+    Ok(Ran {
+        wrong: out.iter().filter(|&&v| v == 0xffff).count(),
+        out: floats(&out),
+        repeats,
+    })
+}
+
+fn experts(h: &Harness, instance: &str, masked: bool, case: &Grouped) -> Result<Ran<Vec<f32>>> {
+    let Operands { m, n, k, .. } = case.0;
+    let (starts, groups, stride) = (Grouped::starts(), Grouped::COUNTS.len(), 168);
+    // Where a row lies: experts one after the other, or each with room for `stride` rows.
+    let place = |row: usize| {
+        let group = starts.iter().rposition(|&s| s <= row).unwrap_or(0);
+        if masked {
+            group * stride + row - starts[group]
+        } else {
+            row
+        }
+    };
+    let rows = if masked { groups * stride } else { m };
+    let ld = rows.next_multiple_of(4);
+    let mut x = vec![0x7f; rows * k];
+    for (row, data) in case.0.x.chunks_exact(k).enumerate() {
+        x[place(row) * k..][..k].copy_from_slice(data);
+    }
+    let list: Vec<i32> = if masked {
+        Grouped::COUNTS.iter().map(|&c| c as i32).collect()
+    } else {
+        starts.iter().map(|&s| s as i32).collect()
+    };
+    let (x, list) = (h.upload(&x)?, h.upload(&list)?);
+    let x_scale = h.upload(&by_block(&case.0.x_scale, m, ld, place))?;
+    let (w, w_scale) = (h.upload(&case.0.w)?, h.upload(&case.0.w_scale)?);
+    let activations = Activations {
+        data: h.span(&x),
+        scales: h.span(&x_scale),
+        rows,
+        ld,
+    };
+    let weights = Weights {
+        data: h.span(&w),
+        scales: h.span(&w_scale),
+        n,
+        k,
+        groups,
+    };
+    let layout = if masked {
+        Groups::Masked(h.span(&list), stride)
+    } else {
+        Groups::Contiguous(h.span(&list))
+    };
+    let (all, repeats) = twice(h, rows * n, |out| {
+        let (gpu, stream) = (&h.gpu, &h.stream);
+        Ok(gemm::grouped_with(
+            gpu,
+            stream,
+            instance,
+            activations,
+            weights,
+            layout,
+            out,
+            n,
+            false,
+        )?)
+    })?;
+    let mut used = vec![false; rows];
+    let mut out = Vec::with_capacity(m * n);
+    for row in 0..m {
+        used[place(row)] = true;
+        out.extend(floats(&all[place(row) * n..][..n]));
+    }
+    let wrong = (0..rows * n).filter(|&i| (all[i] == 0xffff) == used[i / n]);
+    Ok(Ran {
+        wrong: wrong.count(),
+        out,
+        repeats,
+    })
+}
+
+/// Runs `enqueue` twice over poisoned memory of `len` values: the values, and whether both runs left the same bits.
+fn twice(
+    h: &Harness,
+    len: usize,
+    enqueue: impl Fn(Span<u16>) -> Result<()>,
+) -> Result<(Vec<u16>, bool)> {
+    let out = h.poisoned::<u16>(len)?;
     let mut digests = [0; 2];
     for digest in &mut digests {
         h.poison(&out)?;
-        match instance {
-            Some(name) => gemm::dense_with(
-                &h.gpu,
-                &h.stream,
-                name,
-                activations,
-                weights,
-                h.span(&out),
-                n,
-                false,
-            )?,
-            None => gemm::dense(
-                &h.gpu,
-                &h.stream,
-                activations,
-                weights,
-                h.span(&out),
-                n,
-                false,
-            )?,
-        }
+        enqueue(h.span(&out))?;
         *digest = h.digest(&out)?;
     }
-    let out = h.download(&out)?;
+    Ok((h.download(&out)?, digests[0] == digests[1]))
+}
+
+fn enqueue(
+    h: &Harness,
+    instance: Option<&str>,
+    x: Activations,
+    w: Weights,
+    out: Span<u16>,
+) -> Result<()> {
+    let (gpu, stream) = (&h.gpu, &h.stream);
+    match instance {
+        Some(name) => gemm::dense_with(gpu, stream, name, x, w, out, w.n, false)?,
+        None => gemm::dense(gpu, stream, x, w, out, w.n, false)?,
+    }
+    Ok(())
+}
+
+fn dense(h: &Harness, m: usize, n: usize, k: usize) -> Result<Found> {
+    let ld = m.next_multiple_of(4);
+    let x = h.random::<u8>(m * k, Kind::Fp8Normal, 100.0, 1)?;
+    let x_scale = h.random::<f32>(k / 128 * ld, Kind::F32Scale, 0.01, 2)?;
+    let w = h.random::<u8>(n * k, Kind::Fp8Normal, 100.0, 3)?;
+    let w_scale = h.random::<f32>(n.div_ceil(128) * (k / 128), Kind::F32Scale, 0.001, 4)?;
+    let activations = Activations {
+        data: h.span(&x),
+        scales: h.span(&x_scale),
+        rows: m,
+        ld,
+    };
+    let weights = Weights {
+        data: h.span(&w),
+        scales: h.span(&w_scale),
+        n,
+        k,
+        groups: 1,
+    };
+    let (out, repeats) = twice(h, m * n, |out| enqueue(h, None, activations, weights, out))?;
     let unwritten = out.iter().filter(|&&v| v == 0xffff).count();
     let mut error = Error::default();
     let mut random = Random(5);
@@ -141,7 +263,6 @@ fn dense(
         x_scale: h.download(&x_scale)?,
         w: h.download_rows(&w, k, rows.iter().copied())?,
         w_scale: h.download(&w_scale)?,
-        table: e4m3_table(),
         ld,
         n,
         k,
@@ -151,12 +272,7 @@ fn dense(
             error.add(bf16(out[t * n + row]), host.product(t, 0, row));
         }
     }
-    Ok(Found::new(
-        &error,
-        BOUND,
-        digests[0] == digests[1],
-        unwritten,
-    ))
+    Ok(Found::new(&error, BOUND, repeats, unwritten))
 }
 
 /// The first tokens of a batch have the same bits alone: `wrong` counts outputs that differ.
@@ -203,8 +319,7 @@ fn pinned(h: &Harness, n: usize, k: usize) -> Result<Found> {
 }
 
 fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize) -> Result<Found> {
-    // Empty, one token, ragged, exactly full and more than one tile.
-    let counts = [0usize, 1, 37, 64, 0, 163, 130, 16];
+    let counts = Grouped::COUNTS;
     let (groups, stride) = (counts.len(), 168);
     let starts: Vec<usize> = if masked {
         (0..groups).map(|g| g * stride).collect()
@@ -227,7 +342,6 @@ fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize
     let x_scale = h.random::<f32>(k / 128 * ld, Kind::F32Scale, 0.01, 2)?;
     let w = h.random::<u8>(groups * n * k, Kind::Fp8Normal, 100.0, 3)?;
     let w_scale = h.random::<f32>(groups * (n / 128) * (k / 128), Kind::F32Scale, 0.001, 4)?;
-    let out = h.poisoned::<u16>(rows * n)?;
     let list: Vec<i32> = if masked {
         counts.iter().map(|&c| c as i32).collect()
     } else {
@@ -252,23 +366,20 @@ fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize
     } else {
         Groups::Contiguous(h.span(&list))
     };
-    let mut digests = [0; 2];
-    for digest in &mut digests {
-        h.poison(&out)?;
-        gemm::grouped_with(
-            &h.gpu,
-            &h.stream,
+    let (out, repeats) = twice(h, rows * n, |out| {
+        let (gpu, stream) = (&h.gpu, &h.stream);
+        Ok(gemm::grouped_with(
+            gpu,
+            stream,
             instance,
             activations,
             weights,
             layout,
-            h.span(&out),
+            out,
             n,
             false,
-        )?;
-        *digest = h.digest(&out)?;
-    }
-    let out = h.download(&out)?;
+        )?)
+    })?;
     let mut error = Error::default();
     let mut random = Random(5);
     let mut written = vec![false; rows];
@@ -280,7 +391,6 @@ fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize
             x_scale: h.download(&x_scale)?,
             w: h.download_rows(&w, k, columns.iter().map(|c| g * n + c))?,
             w_scale: h.download(&w_scale)?,
-            table: e4m3_table(),
             ld,
             n,
             k,
@@ -297,7 +407,7 @@ fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize
     let wrong = (0..rows * n)
         .filter(|&i| (out[i] == 0xffff) == written[i / n])
         .count();
-    Ok(Found::new(&error, BOUND, digests[0] == digests[1], wrong))
+    Ok(Found::new(&error, BOUND, repeats, wrong))
 }
 
 /// Operands on the host: the sampled rows.
@@ -306,7 +416,6 @@ struct Host {
     x_scale: Vec<f32>,
     w: BTreeMap<usize, Vec<u8>>,
     w_scale: Vec<f32>,
-    table: [f64; 256],
     ld: usize,
     n: usize,
     k: usize,
@@ -316,28 +425,9 @@ impl Host {
     fn product(&self, t: usize, group: usize, row: usize) -> f64 {
         let (x, w) = (&self.x[&t], &self.w[&(group * self.n + row)]);
         let scale_row = group * self.n.div_ceil(128) + row / 128;
-        (0..self.k / 128)
-            .map(|kb| {
-                let block = kb * 128..kb * 128 + 128;
-                let dot: f64 = x[block.clone()]
-                    .iter()
-                    .zip(&w[block])
-                    .map(|(&a, &b)| self.table[a as usize] * self.table[b as usize])
-                    .sum();
-                let scale = f64::from(self.x_scale[kb * self.ld + t])
-                    * f64::from(self.w_scale[scale_row * (self.k / 128) + kb]);
-                dot * scale
-            })
-            .sum()
+        cases::gemm::product(x, w, |kb| {
+            f64::from(self.x_scale[kb * self.ld + t])
+                * f64::from(self.w_scale[scale_row * (self.k / 128) + kb])
+        })
     }
-}
-
-/// Up to `count` indices below `len`: the first, the last, and random ones.
-pub(crate) fn sample(random: &mut Random, len: usize, count: usize) -> Vec<usize> {
-    if len <= count {
-        return (0..len).collect();
-    }
-    let mut picked: Vec<usize> = (2..count).map(|_| random.below(len)).collect();
-    picked.extend([0, len - 1]);
-    picked
 }
