@@ -92,7 +92,7 @@ impl Operands {
 }
 
 /// The scaled product of a row of activations and a row of weights; `scale` is of a block of 128.
-pub fn product(x: &[u8], w: &[u8], scale: impl Fn(usize) -> f64) -> f64 {
+fn product(x: &[u8], w: &[u8], scale: impl Fn(usize) -> f64) -> f64 {
     let blocks = x.chunks(fp8::BLOCK).zip(w.chunks(fp8::BLOCK));
     let sum = |(block, (x, w)): (usize, (&[u8], &[u8]))| {
         let value = |byte: u8| f64::from(fp8::VALUES[usize::from(byte)]);
@@ -119,16 +119,21 @@ fn bytes(random: &mut Random, len: usize) -> Vec<u8> {
 pub struct Gemm(pub Operands);
 
 impl Gemm {
-    /// Outputs and inputs: DeepSeek-V3's where the CPU can follow, and odd ones.
-    pub const SHAPES: [(usize, usize); 5] = [
-        (64, 128),
-        (576, 384),
-        (320, 1024),
-        (2112, 7168),
-        (7168, 2048),
-    ];
-    /// Rows.
-    pub const ROWS: [usize; 6] = [1, 7, 33, 64, 127, 200];
+    /// Rows, outputs and inputs: DeepSeek-V3's products, and odd ones.
+    pub fn list() -> impl Iterator<Item = (usize, usize, usize)> {
+        const SHAPES: [(usize, usize); 8] = [
+            (64, 128),
+            (576, 384),
+            (320, 1024),
+            (2112, 7168),
+            (7168, 2048),
+            (4096, 7168),
+            (24576, 1536),
+            (7168, 16384),
+        ];
+        let rows = |(n, k)| [1, 7, 33, 64, 127, 200, 4096].map(|m| (m, n, k));
+        SHAPES.into_iter().flat_map(rows)
+    }
 
     /// `m` rows, `n` outputs, `k` inputs (a multiple of 128).
     pub fn new(m: usize, n: usize, k: usize) -> Self {

@@ -1,6 +1,5 @@
 //! The device as checks and timings use it: memory with contents, graphs, bursts, rulers.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -117,21 +116,6 @@ impl Harness {
         slice: &CudaSlice<T>,
     ) -> Result<Vec<T>> {
         Ok(self.stream.clone_dtoh(slice)?)
-    }
-
-    /// Some rows of a matrix, `width` wide, to the host.
-    pub(crate) fn download_rows<T: DeviceRepr + Clone + Default>(
-        &self,
-        slice: &CudaSlice<T>,
-        width: usize,
-        rows: impl IntoIterator<Item = usize>,
-    ) -> Result<BTreeMap<usize, Vec<T>>> {
-        rows.into_iter()
-            .map(|row| {
-                let view = slice.slice(row * width..(row + 1) * width);
-                Ok((row, self.stream.clone_dtoh(&view)?))
-            })
-            .collect()
     }
 
     /// A slice as launchers take it.

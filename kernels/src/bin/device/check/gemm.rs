@@ -1,16 +1,14 @@
 //! FP8 GEMM: dense and grouped.
 
-use std::collections::BTreeMap;
-
 use kernels::cases::gemm::{Gemm, Grouped, Operands};
-use kernels::cases::{self, Operation, floats, sample};
+use kernels::cases::{Operation, floats};
 use kernels::cuda::Span;
 use kernels::cuda::gemm::{self, Activations, Groups, Instance, Weights};
 use kernels::cuda::probe::Kind;
 
 use super::{Case, Found, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random, bf16};
+use crate::reference::Error;
 
 /// BF16 output and the tensor cores' 14-bit sums inside a block.
 const BOUND: f64 = Gemm::BOUND;
@@ -18,30 +16,8 @@ const BOUND: f64 = Gemm::BOUND;
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (n, k) in Gemm::SHAPES {
-        for m in Gemm::ROWS {
-            cases.push(shared(format!("fp8_gemm m {m} n {n} k {k}"), None, m, n, k));
-        }
-    }
-    // Too large for the CPU to follow.
-    for (n, k) in [(24576, 1536), (7168, 16384), (4096, 7168)] {
-        for m in Gemm::ROWS {
-            cases.push(Case::new(format!("fp8_gemm m {m} n {n} k {k}"), move |h| {
-                dense(h, m, n, k)
-            }));
-        }
-    }
-    for (n, k) in [
-        (2112, 7168),
-        (24576, 1536),
-        (7168, 16384),
-        (4096, 7168),
-        (7168, 2048),
-    ] {
-        cases.push(Case::new(
-            format!("fp8_gemm m 4096 n {n} k {k}"),
-            move |h| dense(h, 4096, n, k),
-        ));
+    for (m, n, k) in Gemm::list() {
+        cases.push(dense(format!("fp8_gemm m {m} n {n} k {k}"), None, m, n, k));
     }
     for (n, k) in [(2112, 7168), (320, 384)] {
         cases.push(Case::new(
@@ -61,31 +37,26 @@ pub(crate) fn cases() -> Vec<Case> {
                 continue;
             }
             let name = format!("{} m {m} n {n} k {k}", instance.name);
-            cases.push(shared(name, Some(instance.name), m, n, k));
+            cases.push(dense(name, Some(instance.name), m, n, k));
         }
     }
     for instance in Instance::all().iter().filter(|i| i.grouped) {
         for masked in [true, false] {
             let kind = if masked { "masked" } else { "contiguous" };
-            for (n, k) in [(4096, 7168), (7168, 2048)] {
-                cases.push(Case::new(
+            for (n, k) in [(4096, 7168), (7168, 2048), (512, 256)] {
+                cases.push(Case::shared(
                     format!("{} {kind} 8 groups n {n} k {k}", instance.name),
-                    move |h| grouped(h, instance.name, masked, n, k),
+                    move || Grouped::new(n, k),
+                    move |h, case| experts(h, instance.name, masked, case),
                 ));
             }
-            let (n, k) = (512, 256);
-            cases.push(Case::shared(
-                format!("{} {kind} 8 groups n {n} k {k}", instance.name),
-                move || Grouped::new(n, k),
-                move |h, case| experts(h, instance.name, masked, case),
-            ));
         }
     }
     cases
 }
 
-/// A case that the CPU computes too.
-fn shared(name: String, instance: Option<&'static str>, m: usize, n: usize, k: usize) -> Case {
+/// One matrix, by the instance named or the one that is chosen.
+fn dense(name: String, instance: Option<&'static str>, m: usize, n: usize, k: usize) -> Case {
     let gpu = move |h: &Harness, case: &Gemm| product(h, instance, case);
     Case::shared(name, move || Gemm::new(m, n, k), gpu)
 }
@@ -234,47 +205,6 @@ fn enqueue(
     Ok(())
 }
 
-fn dense(h: &Harness, m: usize, n: usize, k: usize) -> Result<Found> {
-    let ld = m.next_multiple_of(4);
-    let x = h.random::<u8>(m * k, Kind::Fp8Normal, 100.0, 1)?;
-    let x_scale = h.random::<f32>(k / 128 * ld, Kind::F32Scale, 0.01, 2)?;
-    let w = h.random::<u8>(n * k, Kind::Fp8Normal, 100.0, 3)?;
-    let w_scale = h.random::<f32>(n.div_ceil(128) * (k / 128), Kind::F32Scale, 0.001, 4)?;
-    let activations = Activations {
-        data: h.span(&x),
-        scales: h.span(&x_scale),
-        rows: m,
-        ld,
-    };
-    let weights = Weights {
-        data: h.span(&w),
-        scales: h.span(&w_scale),
-        n,
-        k,
-        groups: 1,
-    };
-    let (out, repeats) = twice(h, m * n, |out| enqueue(h, None, activations, weights, out))?;
-    let unwritten = out.iter().filter(|&&v| v == 0xffff).count();
-    let mut error = Error::default();
-    let mut random = Random(5);
-    let (tokens, rows) = (sample(&mut random, m, 24), sample(&mut random, n, 48));
-    let host = Host {
-        x: h.download_rows(&x, k, tokens.iter().copied())?,
-        x_scale: h.download(&x_scale)?,
-        w: h.download_rows(&w, k, rows.iter().copied())?,
-        w_scale: h.download(&w_scale)?,
-        ld,
-        n,
-        k,
-    };
-    for &t in &tokens {
-        for &row in &rows {
-            error.add(bf16(out[t * n + row]), host.product(t, 0, row));
-        }
-    }
-    Ok(Found::new(&error, BOUND, repeats, unwritten))
-}
-
 /// The first tokens of a batch have the same bits alone: `wrong` counts outputs that differ.
 fn pinned(h: &Harness, n: usize, k: usize) -> Result<Found> {
     const ROWS: usize = 300;
@@ -316,118 +246,4 @@ fn pinned(h: &Harness, n: usize, k: usize) -> Result<Found> {
         wrong += run(rows)?.iter().zip(&all).filter(|(a, b)| a != b).count();
     }
     Ok(Found::new(&Error::default(), BOUND, true, wrong))
-}
-
-fn grouped(h: &Harness, instance: &'static str, masked: bool, n: usize, k: usize) -> Result<Found> {
-    let counts = Grouped::COUNTS;
-    let (groups, stride) = (counts.len(), 168);
-    let starts: Vec<usize> = if masked {
-        (0..groups).map(|g| g * stride).collect()
-    } else {
-        counts
-            .iter()
-            .scan(0, |sum, c| {
-                *sum += c;
-                Some(*sum - c)
-            })
-            .collect()
-    };
-    let rows = if masked {
-        groups * stride
-    } else {
-        counts.iter().sum()
-    };
-    let ld = rows.next_multiple_of(4);
-    let x = h.random::<u8>(rows * k, Kind::Fp8Normal, 100.0, 1)?;
-    let x_scale = h.random::<f32>(k / 128 * ld, Kind::F32Scale, 0.01, 2)?;
-    let w = h.random::<u8>(groups * n * k, Kind::Fp8Normal, 100.0, 3)?;
-    let w_scale = h.random::<f32>(groups * (n / 128) * (k / 128), Kind::F32Scale, 0.001, 4)?;
-    let list: Vec<i32> = if masked {
-        counts.iter().map(|&c| c as i32).collect()
-    } else {
-        starts.iter().chain(&[rows]).map(|&s| s as i32).collect()
-    };
-    let list = h.upload(&list)?;
-    let activations = Activations {
-        data: h.span(&x),
-        scales: h.span(&x_scale),
-        rows,
-        ld,
-    };
-    let weights = Weights {
-        data: h.span(&w),
-        scales: h.span(&w_scale),
-        n,
-        k,
-        groups,
-    };
-    let layout = if masked {
-        Groups::Masked(h.span(&list), stride)
-    } else {
-        Groups::Contiguous(h.span(&list))
-    };
-    let (out, repeats) = twice(h, rows * n, |out| {
-        let (gpu, stream) = (&h.gpu, &h.stream);
-        Ok(gemm::grouped_with(
-            gpu,
-            stream,
-            instance,
-            activations,
-            weights,
-            layout,
-            out,
-            n,
-            false,
-        )?)
-    })?;
-    let mut error = Error::default();
-    let mut random = Random(5);
-    let mut written = vec![false; rows];
-    for (g, (&start, &count)) in starts.iter().zip(&counts).enumerate() {
-        written[start..start + count].fill(true);
-        let (tokens, columns) = (sample(&mut random, count, 12), sample(&mut random, n, 32));
-        let host = Host {
-            x: h.download_rows(&x, k, tokens.iter().map(|t| start + t))?,
-            x_scale: h.download(&x_scale)?,
-            w: h.download_rows(&w, k, columns.iter().map(|c| g * n + c))?,
-            w_scale: h.download(&w_scale)?,
-            ld,
-            n,
-            k,
-        };
-        for &t in &tokens {
-            for &row in &columns {
-                error.add(
-                    bf16(out[(start + t) * n + row]),
-                    host.product(start + t, g, row),
-                );
-            }
-        }
-    }
-    let wrong = (0..rows * n)
-        .filter(|&i| (out[i] == 0xffff) == written[i / n])
-        .count();
-    Ok(Found::new(&error, BOUND, repeats, wrong))
-}
-
-/// Operands on the host: the sampled rows.
-struct Host {
-    x: BTreeMap<usize, Vec<u8>>,
-    x_scale: Vec<f32>,
-    w: BTreeMap<usize, Vec<u8>>,
-    w_scale: Vec<f32>,
-    ld: usize,
-    n: usize,
-    k: usize,
-}
-
-impl Host {
-    fn product(&self, t: usize, group: usize, row: usize) -> f64 {
-        let (x, w) = (&self.x[&t], &self.w[&(group * self.n + row)]);
-        let scale_row = group * self.n.div_ceil(128) + row / 128;
-        cases::gemm::product(x, w, |kb| {
-            f64::from(self.x_scale[kb * self.ld + t])
-                * f64::from(self.w_scale[scale_row * (self.k / 128) + kb])
-        })
-    }
 }
