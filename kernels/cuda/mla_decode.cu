@@ -15,125 +15,11 @@
 // Results leave through Q's place in shared memory as whole rows. A sequence cut into several parts leaves normalised partials
 // in FP16 (each row's half divided by its largest magnitude: half the traffic, and eight times finer than the output's BF16)
 // with log-sum-exps and magnitudes; mla_combine adds them in part order.
+#include "mla.cuh"
 #include "wgmma.cuh"
 
 static_assert(2 * 232 + 40 <= 3 * (65536 / 384 / 8 * 8), "setmaxnreg would wait for registers for ever");
-constexpr u32 LATENT = 512, TILES = 9, TILE = 64 * 64 * 2;
-
-struct Part {
-    int first_seq, first_block, last_seq, end_block;  // from block first_block of first_seq up to end_block of last_seq
-    int split;                                        // index of first_seq's piece among that sequence's pieces
-    int ids[2];                                       // the first two blocks' entries of the block table
-    int pad;
-};
-
-struct MlaArgs {
-    const int* lengths;      // [batch] cached tokens, this step's included
-    const int* block_table;  // [batch][max_blocks]
-    const Part* parts;       // [parts]; first_seq = -1: nothing to do
-    const int* pieces;       // [batch + 1] first slot of each sequence's pieces among the partials
-    const int* rows;         // rows to combine: how many, then from word 4 on units of sequence, row, first slot, slots
-    u16* out;                // [batch * queries * heads][512]
-    u16* partial;            // [slots][row_tiles * 64][512] FP16
-    float4* sums;            // [slots][row_tiles * 64]: log-sum-exp (base 2), magnitude of columns 0 to 255, of 256 to 511
-    u32 batch, queries, heads, max_blocks, layer;
-    float scale;             // softmax scale times log2(e)
-};
-
-// One block of threads. Cuts the blocks of all sequences into at most `parts` runs: where there are fewer sequences than
-// parts, every part gets a piece of one sequence, all of the smallest length that suffices; where there are more, every part gets
-// whole sequences, if that does not make the longest part much longer; else runs of equal cost over all sequences. A piece costs
-// OVERHEAD blocks more than its own, and cutting sequences (partial results, mla_combine) UNCUT blocks of everybody's time.
-constexpr u32 OVERHEAD = 4, UNCUT = 6;
-// mla_combine gives a sequence of up to GROUPS pieces a group of threads a row, one of more pieces all groups.
-constexpr u32 GROUPS = 8;
-
-// Cuts, by one thread.
-DEVICE void cut(const int* blocks, u32 batch, u32 parts, u32 total, u32 best, Part* out, int* pieces) {
-    u32 greedy = ceil_div(total + batch * OVERHEAD, parts) + OVERHEAD;
-    bool one = batch <= parts && best <= greedy, uncut = batch > parts && best <= greedy + UNCUT;
-    u32 overhead = one ? 0 : OVERHEAD, limit = one || uncut ? best : greedy;
-    u32 seq = 0, block = 0, slot = 0, split = 0;
-    pieces[0] = 0;
-    for (u32 p = 0; p < parts; ++p) {
-        while (seq < batch && blocks[seq] == 0) pieces[++seq] = (int)slot;
-        if (seq == batch) {
-            out[p].first_seq = -1;
-            continue;
-        }
-        Part part = {(int)seq, (int)block, (int)seq, (int)block, (int)split};
-        u32 budget = limit;
-        bool last = p + 1 == parts;
-        while (seq < batch) {
-            u32 left = (u32)blocks[seq] - block, cost = left + overhead;
-            if (cost <= budget || last) {
-                part.last_seq = (int)seq;
-                part.end_block = blocks[seq];
-                slot += 1;
-                budget = cost <= budget ? budget - cost : 0;
-                block = split = 0;
-                pieces[++seq] = (int)slot;
-                while (seq < batch && blocks[seq] == 0) pieces[++seq] = (int)slot;
-                if (seq == batch || !last && (one || !uncut && budget <= 2 * OVERHEAD)) break;
-            } else {
-                if (uncut) break;
-                part.last_seq = (int)seq;
-                block += budget - overhead;
-                part.end_block = (int)block;
-                slot += 1;
-                split += 1;
-                break;
-            }
-        }
-        out[p] = part;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-    mla_plan(const int* lengths, const int* block_table, u32 max_blocks, u32 batch, u32 parts, u32 rows, Part* out, int* pieces,
-             int* combine) {
-    extern __shared__ int blocks[];
-    __shared__ u32 total, best, units;
-    wait_for_previous_kernel();
-    if (threadIdx.x == 0) total = units = 0, best = ~0u;
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < batch; i += blockDim.x) {
-        blocks[i] = (int)ceil_div((u32)lengths[i], 64);
-        atomicAdd(&total, (u32)blocks[i]);
-    }
-    __syncthreads();
-    if (batch <= parts) {
-        u32 length = max_u32(ceil_div(total, parts), 1) + threadIdx.x, used = 0;
-        for (u32 i = 0; i < batch; ++i) used += ceil_div((u32)blocks[i], length);
-        if (used <= parts) atomicMin(&best, length);
-    } else {
-        u32 limit = ceil_div(total + batch * OVERHEAD, parts) + threadIdx.x, used = 1, sum = 0;
-        for (u32 i = 0; i < batch; ++i) {
-            u32 cost = blocks[i] == 0 ? 0 : (u32)blocks[i] + OVERHEAD;
-            if (cost > limit) used = parts + 1;
-            if (sum + cost > limit) used += 1, sum = 0;
-            sum += cost;
-        }
-        if (used <= parts) atomicMin(&best, limit);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) cut(blocks, batch, parts, total, best, out, pieces);
-    __syncthreads();
-    for (u32 p = threadIdx.x; p < parts; p += blockDim.x) {
-        int seq = out[p].first_seq, block = out[p].first_block;
-        for (u32 i = 0; seq >= 0 && i < 2; ++i)
-            out[p].ids[i] = block + i < max_blocks ? block_table[(u64)seq * max_blocks + block + i] : 0;
-    }
-    for (u32 seq = threadIdx.x; seq < batch; seq += blockDim.x) {
-        u32 count = (u32)(pieces[seq + 1] - pieces[seq]), step = count <= GROUPS ? GROUPS : 1;
-        if (count < 2) continue;
-        u32 at = atomicAdd(&units, ceil_div(rows, step));
-        for (u32 row = 0; row < rows; row += step)
-            ((uint4*)combine)[++at] = uint4{seq, row, (u32)pieces[seq], count};
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) combine[0] = (int)units;
-}
+constexpr u32 TILES = 9, TILE = 64 * 64 * 2;
 
 // Starts the scores of one block, s = Q K^T over 576, tile by tile as they arrive.
 DEVICE void start_scores(float (&s)[32], u32 q, u32 k, u32 full, u32 parity) {
@@ -362,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     start_scores(s, q, k1, full + 72, uses1 & 1);
                     wgmma_wait<0>();
                     pin(s);
-                    }
+                }
                 named_sync(1, 256);
                 float top[2] = {max0[row], max0[row + 8]};
                 float by[2] = {exp2_approx((max[0] - top[0]) * args.scale), exp2_approx((max[1] - top[1]) * args.scale)};
@@ -399,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     pin(o);
                     release(empty + 8);
                 } else {
-                        wgmma_wait<0>();
+                    wgmma_wait<0>();
                     pin(o);
                     release(empty + 16);
                 }
@@ -466,74 +352,5 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         fence_async();
         __syncwarp();
         if (lane == 0) mbar_arrive(q_empty);
-    }
-}
-
-// Adds the pieces of every row that has several. 64 threads hold a row's 512 columns; a row of more than GROUPS pieces is shared
-// by all groups, each of which takes every GROUPS-th piece.
-constexpr u32 MAX_PIECES = 160, AT_ONCE = 8;  // pieces that a thread loads at once
-extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const MlaArgs args) {
-    __shared__ float4 known[MAX_PIECES];  // log-sum-exp and magnitudes of the pieces (of up to GROUPS for each row)
-    __shared__ float partial_sums[GROUPS][64][9];
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64, units = (u32)args.rows[0];
-    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31;
-    for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        uint4 entry = ((const uint4*)args.rows)[1 + unit];
-        u32 seq = entry.x, first = entry.z, count = entry.w;
-        bool alone = count <= GROUPS, valid = !alone || entry.y + group < rows;
-        u32 row = entry.y + (alone && valid ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;
-        u64 stride = (u64)step * pitch * LATENT;
-        const u16* from = args.partial + ((u64)(first + begin) * pitch + row) * LATENT + t * 8;
-        u32 own = alone ? t : threadIdx.x;  // the piece whose sums this thread fetches
-        float4 sums = own < count ? args.sums[(u64)(first + own) * pitch + row] : float4{0.0f, 0.0f, 0.0f, 0.0f};
-        uint4 v[AT_ONCE];
-        auto load = [&](u32 piece) {
-#pragma unroll
-            for (u32 k = 0; k < AT_ONCE; ++k, piece += step, from += stride)
-                if (piece < count) v[k] = __ldcs((const uint4*)from);
-        };
-        load(begin);
-        float4* pieces = known + (alone ? group * GROUPS : 0);
-        if (own < count) pieces[own] = sums;
-        __syncthreads();
-        float top = -1e30f, total = 0.0f;
-        for (u32 i = lane; i < count; i += 32) top = fmaxf(top, pieces[i].x);
-#pragma unroll
-        for (u32 shift = 16; shift > 0; shift /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, shift));
-        for (u32 i = lane; i < count; i += 32) total += exp2_approx(pieces[i].x - top);
-#pragma unroll
-        for (u32 shift = 16; shift > 0; shift /= 2) total += __shfl_xor_sync(0xffffffff, total, shift);
-        float sum[8] = {}, inverse = reciprocal(total);
-        for (u32 piece = begin; piece < count;) {
-            if (piece > begin) load(piece);
-#pragma unroll
-            for (u32 k = 0; k < AT_ONCE; ++k, piece += step) {
-                if (piece >= count) break;
-                float w = exp2_approx(pieces[piece].x - top) * (t < 32 ? pieces[piece].y : pieces[piece].z);
-                u32 pairs[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    float2 both = unpack_f16(pairs[i]);
-                    sum[2 * i] += w * both.x;
-                    sum[2 * i + 1] += w * both.y;
-                }
-            }
-        }
-        u16* to = args.out + ((u64)seq * rows + row) * LATENT;
-        if (alone && valid)
-            store_global_16(to + t * 8, uint4{pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse),
-                                              pack_bf16(sum[4] * inverse, sum[5] * inverse), pack_bf16(sum[6] * inverse, sum[7] * inverse)});
-        if (!alone) {
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) partial_sums[group][t][i] = sum[i];
-            __syncthreads();
-            float all = 0.0f;
-#pragma unroll
-            for (u32 g = 0; g < GROUPS; ++g) all += partial_sums[g][threadIdx.x >> 3][threadIdx.x & 7];
-            to[threadIdx.x] = to_bf16(all * inverse);
-        }
-        __syncthreads();
     }
 }

@@ -27,7 +27,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     extern __shared__ __align__(1024) u8 shared[];
     u32 q = shared_address(shared), k = q + Q_BYTES, v = k + 2 * K_BYTES;
     u32 q_full = v + 2 * V_BYTES, k_full = q_full + 8, v_full = k_full + 16, k_empty = v_full + 16, v_empty = k_empty + 16;
+    __shared__ int broken;  // the first token whose value is not finite and has been taken away, for those who see it
     if (threadIdx.x == 0) {
+        broken = 0x7fffffff;
         mbar_init(q_full, 1);
         for (u32 i = 0; i < 2; ++i) {
             mbar_init(k_full + 8 * i, 1);
@@ -101,15 +103,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     auto start_output = [&](int n) {
         u32 stage = n & 1;
         mbar_wait(v_full + 8 * stage, n >> 1 & 1);
-        if (n == 0 && tokens < tiles * (int)KV_ROWS) {
-            // Rows behind the context meet probability 0; 0 * NaN would be NaN. Each warpgroup writes all the zeros: it must
-            // not wait for the other while it has the turn.
-            int valid = tokens - (tiles - 1) * (int)KV_ROWS;
-            for (u32 i = threadIdx.x & 127; i < (KV_ROWS - valid) * 16; i += 128)
-                store_shared_16(v + stage * V_BYTES + (i & 1) * BOX + (valid + (i >> 4)) * 128 + (i >> 1 & 7) * 16, 0, 0, 0, 0);
-            fence_async();
-            named_sync(2 + wg, 128);
-        }
         pin(o);
         wgmma_fence();
 #pragma unroll
@@ -150,6 +143,26 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
             for (u32 j = 0; j < 4; ++j) p[i][j] = pack_bf16(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
     };
+    // Values that some query of this warpgroup must not see meet probability 0 there, and 0 * NaN is NaN: what is not finite
+    // among them becomes 0. Who does see them learns it from `broken`, which is written first.
+    auto hide_unseen = [&](int n) {
+        int base = (tiles - 1 - n) * (int)KV_ROWS, from = tokens - queries + tile + (int)(wg * 64) + 1 - base;
+        if (from >= (int)KV_ROWS) return;
+        mbar_wait(v_full + 8 * (n & 1), n >> 1 & 1);
+#pragma unroll 4
+        for (u32 i = (from > 0 ? (u32)from * 8 : 0) + (threadIdx.x & 127); i < KV_ROWS * 8; i += 128) {
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                u32 at = v + (n & 1) * V_BYTES + half * BOX + i * 16;
+                uint4 values = load_shared_16(at);
+                if (all_finite_bf16(values)) continue;
+                atomicMin(&broken, base + (int)(i >> 3));
+                store_shared_16(at, 0, 0, 0, 0);
+            }
+        }
+        fence_async();
+        named_sync(2 + wg, 128);
+    };
     auto release = [&](u32 bar, int n) {
         if (lane == 0) mbar_arrive(bar + 8 * (n & 1));
     };
@@ -168,6 +181,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     release(k_empty, 0);
     softmax(0);
     pack();
+    hide_unseen(0);
     for (int n = 0; n + 1 < tiles; ++n) {
         take_turn();
         start_scores(n + 1);
@@ -183,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (u32 i = 0; i < 64; ++i) o[i] *= by[i >> 1 & 1];
         pack();
+        hide_unseen(n + 1);
     }
     take_turn();
     start_output(tiles - 1);
@@ -200,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             args.lse[(u64)(first_query + query) * args.heads + head] =
                 (max[h] * args.scale + log2f(sum[h])) * 0.69314718f;
         by[h] = sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
+        if (tokens - queries + query >= broken) by[h] = __int_as_float(0x7fffffff);
     }
     u32 r = wg * 64 + (warp & 3) * 16 + (lane >> 3 & 1) * 8 + (lane & 7);
 #pragma unroll

@@ -21,6 +21,15 @@ DEVICE float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 DEVICE float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// Whether eight bf16 values are neither infinite nor NaN: such a one times 0 is NaN.
+DEVICE bool all_finite_bf16(uint4 x) {
+    u32 sum = 0;
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.x), "r"(0));
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.y), "r"(0));
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.z), "r"(0));
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.w), "r"(0));
+    return (sum & 0x7fff7fffu) == 0;
+}
 // Two floats to two bf16 (round to nearest even), `low` in the low half.
 DEVICE u32 pack_bf16(float low, float high) {
     u32 out;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// A case of each kernel that is quick in emulation.
-const CASES: [&str; 17] = [
+const CASES: [&str; 18] = [
     "fp8_gemm m 7 n 576",
     "fp8_gemm_r64_t64_k2_d2 m 61 n 320",
     "fp8_gemm_grouped_r128_t128 contiguous 8 groups n 512",
@@ -15,6 +15,7 @@ const CASES: [&str; 17] = [
     "mla_decode heads 16 queries 4 an empty one",
     "mla_decode heads 128 queries 1 block edges",
     "mla_prefill heads 16 a tile",
+    "mla_prefill broken tokens",
     "add_norm rows 7",
     "swiglu rows 96",
     "quantise",

@@ -5,7 +5,9 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 : >"$out/kernels.inc"
-sed '/#pragma once/d' "$here/../fp8.cuh" >"$out/fp8.cuh"  # a copy for each kernel's namespace
+for header in fp8 mla; do  # a copy for each kernel's namespace
+    sed '/#pragma once/d' "$here/../$header.cuh" >"$out/$header.cuh"
+done
 for file in "$here"/../*.cu; do
     name=$(basename "$file" .cu)
     # Dynamic shared memory is a pointer here; the clock has no meaning.

@@ -69,6 +69,7 @@ template <class T> inline T __ldg(const T* p) { return *p; }
 template <class T> inline T __ldcs(const T* p) { return *p; }
 template <class T> inline void __stcs(T* p, T v) { *p = v; }
 template <class T, class U> inline T atomicAdd(T* p, U v) { T old = *p; *p += v; return old; }
+template <class T> inline T atomicMax(T* p, T v) { T old = *p; *p = std::max(old, v); return old; }
 template <class T> inline T atomicMin(T* p, T v) { T old = *p; *p = std::min(old, v); return old; }
 
 template <class T>
@@ -123,6 +124,11 @@ inline u16 to_bf16(float x) {
 inline float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 inline float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+inline bool all_finite_bf16(uint4 x) {
+    for (u32 pair : {x.x, x.y, x.z, x.w})
+        if ((pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u) return false;
+    return true;
+}
 inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 inline u32 pack_f16(float low, float high) {
     _Float16 pair[] = {(_Float16)low, (_Float16)high};

@@ -1,4 +1,4 @@
-//! MLA decode over the paged latent cache (`mla_decode.cu`): plan, attention, combine.
+//! MLA decode over the paged latent cache: plan (`mla_plan.cu`), attention (`mla_decode.cu`), combine (`mla_combine.cu`).
 //!
 //! [`plan`] runs once per step; [`decode`] once per layer. Both read lengths and block tables on the device.
 
@@ -158,7 +158,7 @@ pub fn plan(
         launch.run(
             gpu,
             stream,
-            "mla_decode",
+            "mla_plan",
             "mla_plan",
             arguments![
                 from, table, max_blocks, batch, count, rows, to, pieces, combine
@@ -269,7 +269,7 @@ pub fn decode(
         Launch::new(blocks, 512, overlap).run(
             gpu,
             stream,
-            "mla_decode",
+            "mla_combine",
             "mla_combine",
             arguments![args],
         )

@@ -30,7 +30,9 @@ impl Program {
     pub const ALL: &'static [Self] = programs![
         "fp8_gemm",
         "fp8_prefill",
+        "mla_combine",
         "mla_decode",
+        "mla_plan",
         "mla_prefill",
         "pointwise",
         "probe",
@@ -44,8 +46,9 @@ impl Program {
     }
 }
 
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 4] = [
     (c"fp8.cuh", include_str!("../../cuda/fp8.cuh")),
+    (c"mla.cuh", include_str!("../../cuda/mla.cuh")),
     (c"ptx.cuh", include_str!("../../cuda/ptx.cuh")),
     (c"wgmma.cuh", include_str!("../../cuda/wgmma.cuh")),
 ];

@@ -7,7 +7,6 @@
 mod bench;
 mod check;
 mod harness;
-mod reference;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

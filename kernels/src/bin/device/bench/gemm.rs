@@ -1,11 +1,11 @@
 //! FP8 GEMM at the network's shapes, every instance that fits.
 
+use kernels::cases::Random;
 use kernels::cuda::gemm::{self, Activations, Groups, Instance, Weights};
 use kernels::cuda::probe::Kind;
 
 use super::Case;
 use crate::harness::{Harness, Result, Timing};
-use crate::reference::Random;
 
 /// n, k, DeepGEMM's microseconds at m 32, 64, 128 and 4096.
 const DENSE: [(usize, usize, [f64; 4]); 5] = [

@@ -1,6 +1,7 @@
 //! The steps between the products, the gate, sampling and MLA prefill.
 
 use cudarc::driver::CudaSlice;
+use kernels::cases::moe::V3;
 use kernels::cuda::pointwise::{self, Output, Quantised, ScaleFormat};
 use kernels::cuda::probe::Kind;
 use kernels::cuda::routing;
@@ -9,7 +10,6 @@ use kernels::cuda::sampling::{self, Choice};
 use super::Case;
 use crate::check::prefill::Step;
 use crate::harness::{Harness, Result, Timing};
-use kernels::cases::moe::V3;
 
 /// All cases. Peers: own Triton kernels for the fused rows, FlashAttention-3 for prefill.
 pub(crate) fn cases() -> Vec<Case> {

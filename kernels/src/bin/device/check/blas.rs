@@ -1,12 +1,11 @@
 //! BF16 products through cuBLASLt.
 
+use kernels::cases::{Error, Random, bf16, sample};
 use kernels::cuda::blas::{Blas, Pitch, Shape};
 use kernels::cuda::probe::Kind;
 
 use super::{Case, Found};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random, bf16};
-use kernels::cases::sample;
 
 /// All cases: a language-model head, the gate's logits, absorbed queries and values with heads side by side.
 pub(crate) fn cases() -> Vec<Case> {

@@ -1,14 +1,13 @@
 //! FP8 GEMM: dense and grouped.
 
 use kernels::cases::gemm::{Gemm, Grouped, Operands};
-use kernels::cases::{Operation, floats};
+use kernels::cases::{Error, Operation, floats};
 use kernels::cuda::Span;
 use kernels::cuda::gemm::{self, Activations, Groups, Instance, Weights};
 use kernels::cuda::probe::Kind;
 
 use super::{Case, Found, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::Error;
 
 /// BF16 output and the tensor cores' 14-bit sums inside a block.
 const BOUND: f64 = Gemm::BOUND;

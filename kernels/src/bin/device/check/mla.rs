@@ -2,13 +2,12 @@
 
 use cudarc::driver::CudaSlice;
 use kernels::cases::attention::{Absorbed, SCALE};
-use kernels::cases::floats;
+use kernels::cases::{Random, floats};
 use kernels::cuda::mla::{self, BLOCK, Cache, LATENT, Shape, WIDTH, Workspace};
 use kernels::cuda::probe::Kind;
 
 use super::{Case, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::Random;
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {

@@ -8,11 +8,10 @@ pub(crate) mod prefill;
 pub(crate) mod routing;
 mod sampling;
 
-use kernels::cases::{Judged, Operation};
+use kernels::cases::{Error, Judged, Operation};
 use kernels::cpu::Cpu;
 
 use crate::harness::{Harness, Result};
-use crate::reference::Error;
 
 /// Operations of the largest case that the CPU is given too.
 const CPU_WORK: f64 = 2e10;

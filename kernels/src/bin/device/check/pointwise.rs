@@ -2,15 +2,15 @@
 
 use cudarc::driver::CudaSlice;
 use kernels::cases::cache::{CacheWrite, Rope, table as rotary_table};
-use kernels::cases::floats;
 use kernels::cases::rows::{AddNorm, EPS, Normed, Quantise, Rows, Swiglu};
+use kernels::cases::{Error, Random, floats};
 use kernels::cuda::pointwise::{self, CacheInputs, HeadColumns, Output, Quantised, ScaleFormat};
 use kernels::cuda::probe::Kind;
 use kernels::cuda::rows;
+use kernels::fp8;
 
 use super::{Case, Found, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random, e4m3};
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
@@ -226,7 +226,7 @@ fn quantise_broken(h: &Harness) -> Result<Found> {
     )?;
     let (data, scales) = (h.download(&target.data)?, h.download(&target.scales)?);
     let value = |row: usize, col: usize| {
-        e4m3(data[row * 256 + col]) * f64::from(scales[col / 128 * target.ld + row])
+        f64::from(fp8::decode(data[row * 256 + col]) * scales[col / 128 * target.ld + row])
     };
     let shows = !value(0, 5).is_finite() && !value(1, 130).is_finite();
     let spreads =

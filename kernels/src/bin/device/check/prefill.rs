@@ -18,7 +18,9 @@ pub(crate) fn cases() -> Vec<Case> {
             attend,
         )
     };
-    Expanded::lists().into_iter().map(case).collect()
+    let broken = Case::shared("mla_prefill broken tokens".into(), Expanded::broken, attend);
+    let lists = Expanded::lists().into_iter().map(case);
+    lists.chain([broken]).collect()
 }
 
 fn totals(list: &[(usize, usize)]) -> (usize, usize) {

@@ -1,13 +1,12 @@
 //! The gate, dispatch, permutation and combine.
 
-use kernels::cases::floats;
 use kernels::cases::moe::{Gate, Gated, Moved, Moves, V3};
+use kernels::cases::{Error, floats};
 use kernels::cuda::probe::Kind;
 use kernels::cuda::routing::{self, Order, Rows};
 
 use super::{Case, Found, Ran};
 use crate::harness::{Harness, Result};
-use crate::reference::Error;
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {

@@ -1,0 +1,71 @@
+// The last step of MLA decode: sequences that were cut into several pieces become whole.
+#include "mla.cuh"
+
+// Adds the pieces of every row that has several. 64 threads hold a row's 512 columns; a row of more than GROUPS pieces is shared
+// by all groups, each of which takes every GROUPS-th piece.
+constexpr u32 MAX_PIECES = 160, AT_ONCE = 8;  // pieces that a thread loads at once
+extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const MlaArgs args) {
+    __shared__ float4 known[MAX_PIECES];  // log-sum-exp and magnitudes of the pieces (of up to GROUPS for each row)
+    __shared__ float partial_sums[GROUPS][64][9];
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64, units = (u32)args.rows[0];
+    u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31;
+    for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        uint4 entry = ((const uint4*)args.rows)[1 + unit];
+        u32 seq = entry.x, first = entry.z, count = entry.w;
+        bool alone = count <= GROUPS, valid = !alone || entry.y + group < rows;
+        u32 row = entry.y + (alone && valid ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;
+        u64 stride = (u64)step * pitch * LATENT;
+        const u16* from = args.partial + ((u64)(first + begin) * pitch + row) * LATENT + t * 8;
+        u32 own = alone ? t : threadIdx.x;  // the piece whose sums this thread fetches
+        float4 sums = own < count ? args.sums[(u64)(first + own) * pitch + row] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+        uint4 v[AT_ONCE];
+        auto load = [&](u32 piece) {
+#pragma unroll
+            for (u32 k = 0; k < AT_ONCE; ++k, piece += step, from += stride)
+                if (piece < count) v[k] = __ldcs((const uint4*)from);
+        };
+        load(begin);
+        float4* pieces = known + (alone ? group * GROUPS : 0);
+        if (own < count) pieces[own] = sums;
+        __syncthreads();
+        float top = -1e30f, total = 0.0f;
+        for (u32 i = lane; i < count; i += 32) top = fmaxf(top, pieces[i].x);
+#pragma unroll
+        for (u32 shift = 16; shift > 0; shift /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, shift));
+        for (u32 i = lane; i < count; i += 32) total += exp2_approx(pieces[i].x - top);
+#pragma unroll
+        for (u32 shift = 16; shift > 0; shift /= 2) total += __shfl_xor_sync(0xffffffff, total, shift);
+        float sum[8] = {}, inverse = reciprocal(total);
+        for (u32 piece = begin; piece < count;) {
+            if (piece > begin) load(piece);
+#pragma unroll
+            for (u32 k = 0; k < AT_ONCE; ++k, piece += step) {
+                if (piece >= count) break;
+                float w = exp2_approx(pieces[piece].x - top) * (t < 32 ? pieces[piece].y : pieces[piece].z);
+                u32 pairs[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    float2 both = unpack_f16(pairs[i]);
+                    sum[2 * i] += w * both.x;
+                    sum[2 * i + 1] += w * both.y;
+                }
+            }
+        }
+        u16* to = args.out + ((u64)seq * rows + row) * LATENT;
+        if (alone && valid)
+            store_global_16(to + t * 8, uint4{pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse),
+                                              pack_bf16(sum[4] * inverse, sum[5] * inverse), pack_bf16(sum[6] * inverse, sum[7] * inverse)});
+        if (!alone) {
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) partial_sums[group][t][i] = sum[i];
+            __syncthreads();
+            float all = 0.0f;
+#pragma unroll
+            for (u32 g = 0; g < GROUPS; ++g) all += partial_sums[g][threadIdx.x >> 3][threadIdx.x & 7];
+            to[threadIdx.x] = to_bf16(all * inverse);
+        }
+        __syncthreads();
+    }
+}
