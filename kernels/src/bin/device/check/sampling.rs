@@ -1,10 +1,10 @@
 //! Greedy and top-p sampling.
 
+use kernels::cases::{Error, Random};
 use kernels::cuda::sampling::{self, Choice};
 
 use super::{Case, Found};
 use crate::harness::{Harness, Result};
-use crate::reference::{Error, Random};
 
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
@@ -17,7 +17,8 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Rows: greedy, greedy with ties, a NaN, then random temperatures, nuclei and points.
+/// Rows: greedy, greedy with ties, a NaN, ties, a nucleus of everything, the point 0, all equal, nearly equal, BF16 values,
+/// all but three impossible; then random temperatures, nuclei and points.
 fn sample(h: &Harness, vocab: usize) -> Result<Found> {
     const ROWS: usize = 40;
     let ld = vocab + 3;
@@ -31,6 +32,16 @@ fn sample(h: &Harness, vocab: usize) -> Result<Found> {
     logits[2 * ld + vocab / 3] = f32::NAN;
     for i in 0..vocab {
         logits[3 * ld + i] = (logits[3 * ld + i] * 2.0).round() / 2.0; // nuclei with ties at their edge
+    }
+    logits[6 * ld..][..vocab].fill(-3.5);
+    for logit in &mut logits[7 * ld..][..vocab] {
+        *logit = 20.0 + *logit / 1e4;
+    }
+    for logit in &mut logits[8 * ld..][..vocab] {
+        *logit = half::bf16::from_f32(*logit / 12.0).to_f32();
+    }
+    for logit in logits[9 * ld..][..vocab].iter_mut().skip(3) {
+        *logit = f32::NEG_INFINITY;
     }
     let temperature: Vec<f32> = (0..ROWS)
         .map(|r| {
