@@ -27,6 +27,9 @@ use tonic::{
 
 use crate::network::Network;
 
+/// How long a worker computes with what kills it.
+const DYING: Duration = Duration::from_millis(1);
+
 /// Which tokens a prompt is answered with: a function of the prompt and the index alone, so that every worker gives the
 /// same and a test can say what should come.
 #[derive(Clone, Debug)]
@@ -127,6 +130,8 @@ pub enum Fault {
     Break(usize),
     /// After so many messages the stream ends with an error.
     Fail(usize, Code),
+    /// Before the call is taken the whole worker dies.
+    DieUntaken,
     /// After so many messages the whole worker dies.
     Die(usize),
     /// After so many messages one is left out.
@@ -266,6 +271,19 @@ impl FakeWorker {
         self.0.held.lock().faults = faults;
     }
 
+    /// What goes wrong with a call that is taken now.
+    async fn take(&self, queue: fn(&mut Faults) -> &mut VecDeque<Fault>) -> Result<Fault, Status> {
+        let fault = queue(&mut self.0.held.lock().faults).pop_front();
+        match fault {
+            Some(Fault::Refuse(code)) => Err(Status::new(code, "told to refuse")),
+            Some(Fault::DieUntaken) => {
+                self.kill();
+                std::future::pending().await
+            }
+            fault => Ok(fault.unwrap_or(Fault::None)),
+        }
+    }
+
     /// Checks a sequence; gives the whole answer to its prompt as well.
     fn check(&self, sequence: Option<v1::Sequence>) -> Result<(v1::Sequence, Answer), Status> {
         let sequence = sequence.ok_or_else(|| Status::invalid_argument("no sequence"))?;
@@ -332,6 +350,8 @@ impl FakeWorker {
                 Tail::Error(code) => Some(Err(Status::new(code, "told to fail"))),
                 Tail::Hang => std::future::pending().await,
                 Tail::Death => {
+                    // A worker dies while it computes, which takes time: what it said before went out.
+                    tokio::time::sleep(DYING).await;
                     power.cancel();
                     std::future::pending().await
                 }
@@ -355,7 +375,7 @@ enum Tail {
 
 fn spoil<T: Clone>(mut messages: Vec<T>, fault: Fault) -> (Vec<T>, Tail) {
     let tail = match fault {
-        Fault::None | Fault::Refuse(_) => return (messages, Tail::End),
+        Fault::None | Fault::Refuse(_) | Fault::DieUntaken => return (messages, Tail::End),
         Fault::Skip(at) => {
             if at < messages.len() {
                 messages.remove(at);
@@ -400,13 +420,6 @@ impl Drop for Guard {
         let mut held = self.state.held.lock();
         *(self.count)(&mut held.counts) -= 1;
         held.leases.remove(&self.lease);
-    }
-}
-
-fn refuse(fault: Option<Fault>) -> Result<Fault, Status> {
-    match fault {
-        Some(Fault::Refuse(code)) => Err(Status::new(code, "told to refuse")),
-        fault => Ok(fault.unwrap_or(Fault::None)),
     }
 }
 

@@ -103,13 +103,17 @@ async fn find_silence(mut pings: PingPong, keepalive: Keepalive) -> Status {
     }
 }
 
-/// The connection broke under a call that the worker was running.
+/// The connection broke under a call that the worker had taken: it died, or the network did.
+///
+/// A worker sends an answer's headers when it takes a call, before it computes anything. A connection that breaks
+/// earlier may have been dead for long, and says nothing about the call. Where the computing kills the worker before
+/// its headers are on the wire, a death goes uncounted, and such a call needs one more to be found out.
 #[derive(Debug, thiserror::Error)]
 #[error("the connection broke while the worker ran the call")]
 pub(crate) struct Died;
 
-/// What happened to a call that was sent. A stream that the peer reset or a connection that it said goodbye on is no
-/// death.
+/// What happened to a call that the worker had taken. A stream that the peer reset or a connection that it said goodbye
+/// on is no death.
 fn broke(error: h2::Error) -> Status {
     let is_death = error.is_io();
     let mut status = lost(error);
@@ -147,7 +151,7 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
                 next = next_data(&mut body).await?;
                 stream.send_data(data, next.is_none()).map_err(lost)?;
             }
-            let response = response.await.map_err(broke)?;
+            let response = response.await.map_err(lost)?;
             Ok(response.map(|stream| ResponseBody {
                 stream,
                 is_data_over: false,

@@ -101,15 +101,6 @@ impl Failure {
         }
     }
 
-    /// The worker computed nothing of the sequence yet, whatever happened to it.
-    #[must_use]
-    pub(super) fn before_computing(mut self) -> Self {
-        if self.verdict == Verdict::Retry(Reason::Died) {
-            self.verdict = Verdict::Retry(Reason::Lost);
-        }
-        self
-    }
-
     pub(super) fn protocol(detail: String, assignment: &mut Assignment) -> Self {
         Self::new(Verdict::Retry(Reason::Protocol), detail, &mut [assignment])
     }

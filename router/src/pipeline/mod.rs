@@ -270,8 +270,8 @@ impl Pipeline {
             let stop = self.limits(&ask, prompt.len())?;
             for _ in 0..ask.answers {
                 let index = answers.len() as u32;
-                let mut spec = self.spec(&ask, origin, index, prompt.clone(), stop.clone());
-                spec.deaths = Arc::clone(&deaths);
+                let deaths = Arc::clone(&deaths);
+                let spec = self.spec(&ask, origin, index, prompt.clone(), stop.clone(), deaths);
                 let sequence = Sequence::new(Arc::clone(shared), spec);
                 answers.push(Choice::new(
                     Arc::clone(shared),
@@ -363,7 +363,15 @@ impl Pipeline {
         })
     }
 
-    fn spec(&self, ask: &Ask, origin: &Origin, index: u32, tokens: Vec<u32>, stop: Stop) -> Spec {
+    fn spec(
+        &self,
+        ask: &Ask,
+        origin: &Origin,
+        index: u32,
+        tokens: Vec<u32>,
+        stop: Stop,
+        deaths: Deaths,
+    ) -> Spec {
         let shared = &self.0;
         let mut sampling = ask.sampling.rest.clone();
         let defaults = shared.text.sampling_defaults();
@@ -385,7 +393,7 @@ impl Pipeline {
             deadline: origin.arrived + timeout,
             request_id: origin.request_id.clone(),
             traceparent: HeaderValue::try_from(trace).expect("hex digits and dashes"),
-            deaths: Deaths::default(),
+            deaths,
         }
     }
 }

@@ -37,7 +37,7 @@ impl Default for RetryConfig {
 /// Why an attempt ended early: the label of the retry and migration counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// The worker's connection broke while it ran the sequence: it died, or the network did.
+    /// The worker's connection broke after it took the call: it died, or the network did.
     Died,
     /// The worker cannot be reached, left, or closed the stream.
     Lost,
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_connection_that_broke_under_a_call_is_a_death() {
+    fn only_a_connection_that_broke_under_a_call_that_was_taken_is_a_death() {
         let mut status = Status::unavailable("connection to the worker: broken pipe");
         assert_eq!(judge(&status), Verdict::Retry(Reason::Lost));
         status.set_source(std::sync::Arc::new(Died));

@@ -109,12 +109,7 @@ async fn the_first_token_comes_before_decode_says_anything() {
         ..Faults::default()
     };
     harness.decode[0].set_faults(faults);
-    let body = completion(&[5, 6], 9, r#","stream":true"#);
-    let mut events = harness
-        .client()
-        .await
-        .stream("/v1/completions", &body)
-        .await;
+    let mut events = harness.stream(&[5, 6], 9).await;
     let first = events.next().await.unwrap();
     assert_eq!(text_of(&[first]), harness.expected(&[5, 6], 1));
 }

@@ -35,18 +35,7 @@ fn reserve(faults: impl IntoIterator<Item = Fault>) -> Faults {
 
 /// Streams an answer of 24 tokens and checks that it is whole, right and ends once.
 async fn streams_well(harness: &Harness) {
-    let body = completion(
-        &PROMPT,
-        24,
-        r#","stream":true,"stream_options":{"include_usage":true}"#,
-    );
-    let events = harness
-        .client()
-        .await
-        .stream("/v1/completions", &body)
-        .await
-        .rest()
-        .await;
+    let events = harness.stream(&PROMPT, 24).await.rest().await;
     assert_eq!(
         text_of(&events),
         harness.expected(&PROMPT, 24),
@@ -140,6 +129,29 @@ async fn several_decode_workers_in_a_row_may_fail() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_worker_that_dies_before_it_takes_a_request_does_not_count_against_it() {
+    let retried = r#"hadal_router_retries_total{reason="lost"}"#;
+    let migrated = r#"hadal_router_migrations_total{reason="lost"}"#;
+    for (prefill, decode, series) in [
+        (run([Fault::DieUntaken]), Faults::default(), retried),
+        (Faults::default(), reserve([Fault::DieUntaken]), retried),
+        (Faults::default(), generate([Fault::DieUntaken]), migrated),
+    ] {
+        let mut setup = Setup::default();
+        // The first one that counted would be the last.
+        setup.config.pipeline.retry.max_deaths = 1;
+        let harness = setup.start().await;
+        harness.prefill[0].set_faults(prefill);
+        harness.decode[0].set_faults(decode);
+        // Whether a request goes to the first or the second worker is chance.
+        for _ in 0..10 {
+            streams_well(&harness).await;
+        }
+        assert_eq!(harness.metric(series).await, 1, "{series}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_that_kills_its_workers_gets_no_more_than_two() {
     let poisoned = "hadal_router_poisoned_requests_total";
     // In the prompt's half, before anything was answered.
@@ -167,9 +179,7 @@ async fn a_request_that_kills_its_workers_gets_no_more_than_two() {
     for worker in &harness.decode {
         worker.set_faults(generate([Fault::Die(3)]));
     }
-    let body = completion(&PROMPT, 24, r#","stream":true"#);
-    let client = harness.client().await;
-    let events = client.stream("/v1/completions", &body).await.rest().await;
+    let events = harness.stream(&PROMPT, 24).await.rest().await;
     assert!(
         events.last().unwrap().contains("workers_died"),
         "{events:?}"
@@ -235,9 +245,7 @@ async fn a_client_that_leaves_frees_everything_at_every_stage() {
         let harness = Setup::of(1, 1).start().await;
         harness.prefill[0].set_faults(prefill);
         harness.decode[0].set_faults(decode);
-        let body = completion(&PROMPT, 24, r#","stream":true"#);
-        let client = harness.client().await;
-        let reading = async { client.stream("/v1/completions", &body).await.rest().await };
+        let reading = async { harness.stream(&PROMPT, 24).await.rest().await };
         assert!(
             tokio::time::timeout(Duration::from_secs(1), reading)
                 .await
@@ -279,14 +287,7 @@ async fn workers_that_always_fail_end_in_503_before_and_an_error_event_after_the
     for worker in &harness.decode {
         worker.set_faults(generate([Fault::Fail(3, Code::Internal); 20]));
     }
-    let body = completion(&PROMPT, 200, r#","stream":true"#);
-    let events = harness
-        .client()
-        .await
-        .stream("/v1/completions", &body)
-        .await
-        .rest()
-        .await;
+    let events = harness.stream(&PROMPT, 200).await.rest().await;
     let last = events.last().unwrap();
     assert!(last.starts_with(r#"{"error":{"message":"#), "{last}");
     assert!(!events.iter().any(|event| event == "[DONE]"));
@@ -366,12 +367,7 @@ async fn a_drain_lets_running_answers_end_and_takes_no_new_ones() {
         .paced(Duration::from_millis(100))
         .start()
         .await;
-    let body = completion(&PROMPT, 24, r#","stream":true"#);
-    let mut events = harness
-        .client()
-        .await
-        .stream("/v1/completions", &body)
-        .await;
+    let mut events = harness.stream(&PROMPT, 24).await;
     events.next().await.unwrap();
     harness.begin_stop();
     let rest = events.rest().await;
@@ -386,12 +382,7 @@ async fn what_still_runs_at_the_drain_s_deadline_ends_with_an_error() {
     setup.config.drain = Duration::from_secs(5);
     let harness = setup.start().await;
     harness.decode[0].set_faults(generate([Fault::Hang(3)]));
-    let body = completion(&PROMPT, 24, r#","stream":true"#);
-    let mut events = harness
-        .client()
-        .await
-        .stream("/v1/completions", &body)
-        .await;
+    let mut events = harness.stream(&PROMPT, 24).await;
     events.next().await.unwrap();
     harness.begin_stop();
     let start = tokio::time::Instant::now();

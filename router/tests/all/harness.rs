@@ -17,7 +17,7 @@ use text::Text;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{Client, Reply};
+use crate::client::{Client, Events, Reply};
 
 /// A running router, its workers and its network.
 pub(crate) struct Harness {
@@ -128,6 +128,13 @@ impl Harness {
 
     pub(crate) async fn post(&self, path: &str, body: &str) -> Reply {
         self.client().await.post(path, body).await
+    }
+
+    /// Starts a streamed completion of token ids, with its usage at the end.
+    pub(crate) async fn stream(&self, prompt: &[u32], max_tokens: u32) -> Events {
+        let streamed = r#","stream":true,"stream_options":{"include_usage":true}"#;
+        let body = completion(prompt, max_tokens, streamed);
+        self.client().await.stream("/v1/completions", &body).await
     }
 
     /// A series of `/metrics`, 0 while it is not there.

@@ -76,10 +76,7 @@ async fn who_waits_too_long_in_the_queue_gets_429_and_comments_until_then() {
         ..Faults::default()
     };
     harness.decode[0].set_faults(hang);
-    let blocker = harness.client().await;
-    let blocker = blocker
-        .stream("/v1/completions", &completion(&[5], 9, r#","stream":true"#))
-        .await;
+    let blocker = harness.stream(&[5], 9).await;
     let whole = harness
         .post("/v1/completions", &completion(&[6], 9, ""))
         .await;
@@ -107,14 +104,9 @@ async fn a_queued_client_that_leaves_gives_its_place_up() {
         ..Faults::default()
     };
     harness.decode[0].set_faults(hang);
-    let body = completion(&[5], 9, r#","stream":true"#);
-    let blocker = harness
-        .client()
-        .await
-        .stream("/v1/completions", &body)
-        .await;
+    let blocker = harness.stream(&[5], 9).await;
     let mut waiting = harness.client().await;
-    let queued = body.clone();
+    let queued = completion(&[5], 9, "");
     let waiting =
         tokio::spawn(async move { waiting.post("/v1/completions", &queued).await.status });
     eventually(async || harness.metric("hadal_router_queue_depth").await == 1).await;

@@ -12,7 +12,7 @@ use proto::v1::{
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, FakeWorker, Fault, refuse};
+use super::{Answers, FakeWorker, Fault};
 
 #[tonic::async_trait]
 impl worker_server::Worker for FakeWorker {
@@ -80,11 +80,8 @@ impl prefill_server::Prefill for FakeWorker {
         &self,
         request: Request<RunRequest>,
     ) -> Result<Response<Answers<RunResponse>>, Status> {
-        let fault = {
-            let mut held = self.0.held.lock();
-            held.counts.prefills += 1;
-            refuse(held.faults.run.pop_front())?
-        };
+        self.0.held.lock().counts.prefills += 1;
+        let fault = self.take(|faults| &mut faults.run).await?;
         let request = request.into_inner();
         let target = request
             .target
@@ -126,7 +123,7 @@ impl decode_server::Decode for FakeWorker {
         &self,
         request: Request<ReserveRequest>,
     ) -> Result<Response<ReserveResponse>, Status> {
-        let fault = refuse(self.0.held.lock().faults.reserve.pop_front())?;
+        let fault = self.take(|faults| &mut faults.reserve).await?;
         if matches!(fault, Fault::Hang(_)) {
             tokio::time::sleep(Duration::from_secs(2)).await;
         }
@@ -161,11 +158,8 @@ impl decode_server::Decode for FakeWorker {
         &self,
         request: Request<DecodeRequest>,
     ) -> Result<Response<Answers<DecodeResponse>>, Status> {
-        let fault = {
-            let mut held = self.0.held.lock();
-            held.counts.generations += 1;
-            refuse(held.faults.generate.pop_front())?
-        };
+        self.0.held.lock().counts.generations += 1;
+        let fault = self.take(|faults| &mut faults.generate).await?;
         let request = request.into_inner();
         if request.incarnation != self.0.options.incarnation {
             return Err(Status::failed_precondition("meant for another life"));

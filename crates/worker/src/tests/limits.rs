@@ -31,6 +31,30 @@ async fn a_full_queue_says_so_at_once() {
 }
 
 #[tokio::test]
+async fn a_call_that_is_taken_is_answered_with_headers_before_anything_is_computed() {
+    let any = "127.0.0.1:0".parse().unwrap();
+    let start = |role, name| {
+        let scripted = Scripted::new(&ToyConfig::default(), Options::default(), STEP, true);
+        let (engine, violations) = (scripted.engine, scripted.violations);
+        let node = Node::over(engine, violations, runtime(), role, name, any, any);
+        // It would compute, if anybody ran it.
+        (node, scripted.stepper)
+    };
+    let (prefill, _computes_nothing) = start(Role::Prefill, "p");
+    let (decode, _computes_nothing) = start(Role::Decode, "d");
+    let prompt = prompt(5, 20);
+    let reserved = reserve(&decode, "r", &prompt).await.unwrap();
+    let asked = |name| sequence(name, &prompt, &[], 5);
+    let taken = async {
+        run(&prefill, asked("r"), target(&decode, &reserved))
+            .await
+            .unwrap();
+        generate(&decode, asked("whole"), None).await.unwrap();
+    };
+    tokio::time::timeout(PATIENCE, taken).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_pool_without_room_refuses_a_lease_at_once() {
     let decode = Node::start(Role::Decode, "d");
     let mut leases = 0;

@@ -201,8 +201,7 @@ impl Sequence {
         });
         let worker = Arc::clone(decode.worker());
         let lease = Lease::reserve(worker, request, timeouts.answer, &self.shared.tasks).await;
-        let lease = lease
-            .map_err(|status| Failure::of_call(&status, &mut [&mut decode]).before_computing())?;
+        let lease = lease.map_err(|status| Failure::of_call(&status, &mut [&mut decode]))?;
         let grant = &lease.grant;
         let request = self.request(RunRequest {
             sequence: Some(self.sequence()),
