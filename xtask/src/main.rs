@@ -5,6 +5,7 @@ mod layers;
 mod licences;
 mod python;
 mod run;
+mod suites;
 mod test;
 mod workspace;
 

@@ -1,8 +1,8 @@
 //! Running other programs, with what they print shown as it comes.
 
 use std::{
-    io::{BufRead, BufReader},
-    process::{Command, Stdio},
+    io::{self, BufRead, BufReader},
+    process::Command,
 };
 
 use anyhow::{Context, ensure};
@@ -17,17 +17,17 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a program, passes its standard output on and shows every line to `look`. Gives whether it ended well.
-pub(crate) fn watch(command: &mut Command, mut look: impl FnMut(&str)) -> anyhow::Result<bool> {
+/// Runs a program, passes all that it prints on and shows every line to `look`. Gives whether it ended well.
+pub(crate) fn watch(mut command: Command, mut look: impl FnMut(&str)) -> anyhow::Result<bool> {
     let shown = format!("{command:?}");
+    let (out, into) = io::pipe().context("a pipe")?;
     let mut child = command
-        .stdout(Stdio::piped())
+        .stdout(into.try_clone().context("a pipe")?)
+        .stderr(into)
         .spawn()
         .with_context(|| format!("running {shown}"))?;
-    let out = child
-        .stdout
-        .take()
-        .expect("asked for a pipe when it was spawned");
+    // It holds the pipe's other end, which would never close.
+    drop(command);
     for line in BufReader::new(out).lines() {
         let line = line.with_context(|| format!("reading from {shown}"))?;
         println!("{line}");

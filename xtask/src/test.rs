@@ -6,9 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
-use crate::{docs, layers, licences, python, run, workspace};
+use crate::{
+    docs, layers, licences, python, run,
+    suites::{Counts, Suites},
+    workspace,
+};
 
 /// What to run.
 #[derive(Clone, Debug, clap::Args)]
@@ -21,14 +25,6 @@ pub(crate) struct Args {
     tests_only: bool,
     /// Only tests whose name holds this
     filter: Option<String>,
-}
-
-/// Tests that were counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counts {
-    passed: u64,
-    failed: u64,
-    ignored: u64,
 }
 
 /// Runs everything, also after a failure: one run should show all that is wrong.
@@ -82,6 +78,7 @@ fn tests(args: &Args, hadal: &Path, counts: &mut Counts) -> anyhow::Result<()> {
     let mut command = workspace::cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
     command
+        .env("CARGO_TERM_COLOR", "never")
         .env("HADAL_TEST_PYTHON", python)
         .env("HADAL_TEST_PROGRAM", hadal);
     if let Some(filter) = &args.filter {
@@ -92,37 +89,21 @@ fn tests(args: &Args, hadal: &Path, counts: &mut Counts) -> anyhow::Result<()> {
             .env("HADAL_DEEP", "1")
             .args(["--", "--include-ignored"]);
     }
-    let mut suites = 0;
-    let passed = run::watch(&mut command, |line| {
-        if let Some(suite) = parse_result(line) {
-            suites += 1;
-            counts.passed += suite.passed;
-            counts.failed += suite.failed;
-            counts.ignored += suite.ignored;
+    let mut suites = Suites::default();
+    let passed = run::watch(command, |line| suites.line(line))?;
+    suites.end();
+    *counts = suites.counts;
+    if !passed {
+        // Once more at the end, where it is found.
+        for output in &suites.broken {
+            println!("\n==> broken\n{}", output.join("\n"));
         }
-    })?;
-    if suites == 0 || !passed {
-        bail!(
-            "{} of {} tests failed",
-            counts.failed,
-            counts.passed + counts.failed
-        );
+        let (broken, failed) = (suites.broken.len(), counts.failed);
+        ensure!(broken > 0, "the tests could not be built");
+        bail!("{failed} tests failed, in {broken} test programs that broke");
     }
+    ensure!(counts.passed > 0, "no test ran");
     Ok(())
-}
-
-/// Reads "test result: ok. 5 passed; 0 failed; 1 ignored; ...".
-fn parse_result(line: &str) -> Option<Counts> {
-    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    let mut numbers = counts
-        .split("; ")
-        .map(|part| part.split(' ').next()?.parse().ok());
-    let mut number = || numbers.next()?;
-    Some(Counts {
-        passed: number()?,
-        failed: number()?,
-        ignored: number()?,
-    })
 }
 
 /// What was done, how long it took, and what went wrong.
@@ -169,20 +150,6 @@ impl Steps {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn results_of_a_suite_are_read() {
-        let line = "test result: ok. 12 passed; 1 failed; 3 ignored; 0 measured; 0 filtered out";
-        assert_eq!(
-            parse_result(line),
-            Some(Counts {
-                passed: 12,
-                failed: 1,
-                ignored: 3
-            })
-        );
-        assert_eq!(parse_result("test a_b ... ok"), None);
-    }
 
     #[test]
     fn one_broken_step_fails_the_whole_run() {

@@ -58,21 +58,21 @@ pub const fn is(_: Bug) -> bool {
     false
 }
 
-/// Whether any bug is planted in this thread.
+/// The bug that is planted in this thread.
 #[cfg(feature = "bugs")]
-pub fn any() -> bool {
-    PLANTED.get().is_some()
+pub fn planted() -> Option<Bug> {
+    PLANTED.get()
 }
 
 /// Runs `work` with `bug` planted in this thread (a simulation runs in one thread).
 #[cfg(feature = "bugs")]
-pub fn with<T>(bug: Bug, work: impl FnOnce() -> T) -> T {
+pub fn with<T>(bug: Option<Bug>, work: impl FnOnce() -> T) -> T {
     struct Restore(Option<Bug>);
     impl Drop for Restore {
         fn drop(&mut self) {
             PLANTED.set(self.0);
         }
     }
-    let _restore = Restore(PLANTED.replace(Some(bug)));
+    let _restore = Restore(PLANTED.replace(bug));
     work()
 }

@@ -52,6 +52,8 @@ pub enum Violation {
     Leak(String),
     /// After everything healed, a request did not succeed.
     Dead(String),
+    /// Code of a simulated host panicked, which ended the run.
+    Panic(String),
 }
 
 impl fmt::Display for Violation {

@@ -8,10 +8,8 @@ mod client;
 mod judge;
 mod net;
 mod oracle;
+mod panics;
 mod plan;
-pub mod seeds;
-#[cfg(test)]
-mod tests;
 mod trace;
 mod world;
 
@@ -55,18 +53,20 @@ pub struct Report {
 }
 
 /// Runs the plan of `seed`.
-///
-/// # Panics
-/// If the simulated network itself fails, or a host of it panics.
 pub fn run(seed: u64) -> Report {
-    run_plan(seed, &Plan::of(seed))
+    let bug = planted::planted();
+    panics::reported(move || planted::with(bug, || run_plan(seed, &Plan::of(seed)))).unwrap_or_else(
+        |panic| Report {
+            outcomes: Vec::new(),
+            violations: vec![Violation::Panic(panic)],
+            trace: 0,
+            took: Duration::ZERO,
+        },
+    )
 }
 
 /// Runs a plan; `seed` decides latencies and the router's randomness.
-///
-/// # Panics
-/// As [`run`].
-pub fn run_plan(seed: u64, plan: &Plan) -> Report {
+fn run_plan(seed: u64, plan: &Plan) -> Report {
     let toy = ToyConfig {
         max_model_len: 1024,
         ..ToyConfig::default()
