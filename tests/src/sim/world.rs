@@ -278,7 +278,8 @@ async fn route(seed: u64, addresses: Vec<String>, net: Net) -> turmoil::Result {
         first_token: Duration::from_secs(6),
         prompt_token: Duration::ZERO,
         token: Duration::from_secs(3),
-        no_worker: Duration::from_secs(5),
+        // Longer than it takes to notice that a worker is silent and to dial it again.
+        no_worker: Duration::from_secs(10),
     };
     let dialer = net.clone();
     let seams = Seams {
