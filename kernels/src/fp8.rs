@@ -41,6 +41,11 @@ pub fn decode(byte: u8) -> f32 {
     VALUES[byte as usize]
 }
 
+/// Whether a byte is a normal number: neither zero nor subnormal nor NaN.
+pub fn is_normal(byte: u8) -> bool {
+    (8..0x7f).contains(&(byte & 0x7f))
+}
+
 /// The nearest byte, ties to even; finite values saturate at 448, infinities and NaN become NaN so that they stay
 /// visible.
 pub fn encode(x: f32) -> u8 {

@@ -92,8 +92,9 @@ pub(super) unsafe fn multiply(
     let Some(isa) = *isa else {
         return plain(op, x, x_row, groups, &out);
     };
+    // A single row's product waits for memory; tiles would only delay it.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if groups.iter().all(|g| g.weight.tiles()) {
+    if groups.iter().all(|g| g.weight.tiles()) && groups.iter().any(|g| g.rows.len() > 1) {
         match x {
             Acts::Quantised { data, scales, cols } => {
                 let row = |group: &Group<'_>, i: usize| {

@@ -1,16 +1,18 @@
 //! `x W^T`: the one product behind linear layers, experts and per-head weights.
 //!
 //! Sum of one output: of 32 inputs at a time the products of the even and of the odd ones are added up apart, in order,
-//! then both sums to that of the block of 128 inputs, and the block's, times its scales, to the total. A single row runs
-//! two such chunks side by side, straight from the packed weights; several rows share a block of weights dequantised
-//! once; `tiles` has the processor do the chunks. All give the same bits.
+//! then both sums to that of the block of 128 inputs, and the block's, times its scales, to the total. A single row
+//! (`single`) is multiplied straight with the packed weights; several rows share a block of weights dequantised once;
+//! `tiles` has the processor do the chunks. All give the same bits.
+
+mod single;
 
 use half::bf16;
 
 use super::packed::{CHUNK, Form, PANEL, Packed};
 use super::rows::vectors;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{Isa, Kernel, LANES, Simd, prefetch};
+use crate::cpu::simd::{Isa, Kernel, LANES, Simd};
 use crate::fp8;
 
 /// Rows that are computed against one dequantised block: with it they fill the first-level cache. A multiple of both
@@ -60,7 +62,11 @@ pub(in crate::cpu) unsafe fn products(
             let rows = &rows[start..part.rows.end.min(start + 2 * ROWS)];
             let panel_work = rows.len() * weight.cols * PANEL;
             work += panel_work * panels;
-            let step = (TASK / panel_work.max(1)).clamp(1, panels.max(1));
+            let mut step = TASK / panel_work.max(1);
+            if rows.len() == 1 {
+                step = step.max(1).next_multiple_of(single::ABREAST);
+            }
+            let step = step.clamp(1, panels.max(1));
             tasks.extend((0..panels).step_by(step).map(|first| Product {
                 weight,
                 panels: first..panels.min(first + step),
@@ -99,13 +105,13 @@ impl Kernel for Product<'_> {
 
 /// How packed weights of a type become float32.
 trait Load: Sized {
-    /// Two columns of 32 rows.
-    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2];
+    /// Two columns of 32 rows; `normal` as in [`Simd::fp8_rows`].
+    unsafe fn two<S: Simd>(p: *const Self, normal: bool) -> [[S::V; 2]; 2];
 }
 
 impl Load for f32 {
     #[inline(always)]
-    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
+    unsafe fn two<S: Simd>(p: *const Self, _: bool) -> [[S::V; 2]; 2] {
         // SAFETY: the caller's.
         unsafe {
             [
@@ -118,7 +124,7 @@ impl Load for f32 {
 
 impl Load for bf16 {
     #[inline(always)]
-    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
+    unsafe fn two<S: Simd>(p: *const Self, _: bool) -> [[S::V; 2]; 2] {
         // SAFETY: the caller's.
         unsafe {
             let [a0, b0] = S::bf16_pair(p);
@@ -130,9 +136,9 @@ impl Load for bf16 {
 
 impl Load for u8 {
     #[inline(always)]
-    unsafe fn two<S: Simd>(p: *const Self) -> [[S::V; 2]; 2] {
+    unsafe fn two<S: Simd>(p: *const Self, normal: bool) -> [[S::V; 2]; 2] {
         // SAFETY: the caller's.
-        unsafe { S::fp8_rows(p) }
+        unsafe { S::fp8_rows(p, normal) }
     }
 }
 
@@ -146,6 +152,10 @@ struct Scratch {
 impl Product<'_> {
     #[inline(always)]
     unsafe fn panels<S: Simd, W: Load>(&self) {
+        if let [row] = self.rows {
+            // SAFETY: the caller's.
+            return unsafe { self.single::<S, W>(row) };
+        }
         let mut scratch = std::mem::MaybeUninit::<Scratch>::uninit();
         // SAFETY: both fields are written before they are read: totals are zeroed for the rows in use, weights by
         // `dequantise` for the chunks in use. The pointers stay within them.
@@ -203,46 +213,28 @@ impl Product<'_> {
                     };
                     (row.x.add(first), own * scale)
                 };
-                if rows.len() == 1 {
-                    tile::<S, W, 1>([at(0)], packed, chunks, totals);
-                    continue;
-                }
-                let weights = dequantise::<S, W>(packed, chunks, scratch);
+                let normal = self.weight.normal(panel, block);
+                let weights = dequantise::<S, W>(packed, normal, chunks, scratch);
                 let mut i = 0;
                 while i < rows.len() {
                     let totals = totals.add(i * PANEL);
                     match rows.len() - i {
-                        1 => tile::<S, f32, 1>([at(i)], weights, chunks, totals),
-                        2 => tile::<S, f32, 2>([0, 1].map(|j| at(i + j)), weights, chunks, totals),
+                        1 => tile::<S, 1>([at(i)], weights, chunks, totals),
+                        2 => tile::<S, 2>([0, 1].map(|j| at(i + j)), weights, chunks, totals),
                         3.. if !S::WIDE => {
-                            tile::<S, f32, 3>(
-                                [0, 1, 2].map(|j| at(i + j)),
-                                weights,
-                                chunks,
-                                totals,
-                            );
+                            tile::<S, 3>([0, 1, 2].map(|j| at(i + j)), weights, chunks, totals);
                         }
                         3 => {
-                            tile::<S, f32, 3>(
-                                [0, 1, 2].map(|j| at(i + j)),
-                                weights,
-                                chunks,
-                                totals,
-                            );
+                            tile::<S, 3>([0, 1, 2].map(|j| at(i + j)), weights, chunks, totals);
                         }
-                        4 => tile::<S, f32, 4>(
-                            [0, 1, 2, 3].map(|j| at(i + j)),
-                            weights,
-                            chunks,
-                            totals,
-                        ),
-                        5 => tile::<S, f32, 5>(
+                        4 => tile::<S, 4>([0, 1, 2, 3].map(|j| at(i + j)), weights, chunks, totals),
+                        5 => tile::<S, 5>(
                             [0, 1, 2, 3, 4].map(|j| at(i + j)),
                             weights,
                             chunks,
                             totals,
                         ),
-                        _ => tile::<S, f32, 6>(
+                        _ => tile::<S, 6>(
                             [0, 1, 2, 3, 4, 5].map(|j| at(i + j)),
                             weights,
                             chunks,
@@ -260,6 +252,7 @@ impl Product<'_> {
 #[inline(always)]
 unsafe fn dequantise<S: Simd, W: Load>(
     packed: *const W,
+    normal: u64,
     chunks: usize,
     scratch: *mut f32,
 ) -> *const f32 {
@@ -269,7 +262,7 @@ unsafe fn dequantise<S: Simd, W: Load>(
     for two in 0..chunks * CHUNK / 2 {
         // SAFETY: `chunks` of packed weights and of room in the scratch.
         unsafe {
-            let weights = W::two::<S>(packed.add(two * 2 * PANEL));
+            let weights = W::two::<S>(packed.add(two * 2 * PANEL), normal >> two & 1 == 1);
             for (i, v) in weights.as_flattened().iter().enumerate() {
                 S::store(scratch.add(two * 2 * PANEL + i * 16), *v);
             }
@@ -280,9 +273,9 @@ unsafe fn dequantise<S: Simd, W: Load>(
 
 /// Adds the products of `M` rows with `chunks` chunks of a panel to their totals.
 #[inline(always)]
-unsafe fn tile<S: Simd, W: Load, const M: usize>(
+unsafe fn tile<S: Simd, const M: usize>(
     rows: [(*const f32, f32); M],
-    weights: *const W,
+    weights: *const f32,
     chunks: usize,
     totals: *mut f32,
 ) {
@@ -294,15 +287,15 @@ unsafe fn tile<S: Simd, W: Load, const M: usize>(
         // Eight sums or more at once hide the latency of the multiply-add; what the registers hold bounds them.
         if M == 1 && S::WIDE {
             while chunk + 2 <= chunks {
-                step::<S, W, M, 2>(x, weights, chunk, &mut sums);
+                step::<S, M, 2>(x, weights, chunk, &mut sums);
                 chunk += 2;
             }
         }
         while chunk < chunks {
             if M == 1 || M <= 4 && S::WIDE {
-                step::<S, W, M, 1>(x, weights, chunk, &mut sums);
+                step::<S, M, 1>(x, weights, chunk, &mut sums);
             } else {
-                turns::<S, W, M>(x, weights, chunk, &mut sums);
+                turns::<S, M>(x, weights, chunk, &mut sums);
             }
             chunk += 1;
         }
@@ -318,9 +311,9 @@ unsafe fn tile<S: Simd, W: Load, const M: usize>(
 
 /// `C` chunks of `M` rows, all sums side by side.
 #[inline(always)]
-unsafe fn step<S: Simd, W: Load, const M: usize, const C: usize>(
+unsafe fn step<S: Simd, const M: usize, const C: usize>(
     x: [*const f32; M],
-    weights: *const W,
+    weights: *const f32,
     chunk: usize,
     sums: &mut [[S::V; 2]; M],
 ) {
@@ -330,11 +323,7 @@ unsafe fn step<S: Simd, W: Load, const M: usize, const C: usize>(
         for k in (0..CHUNK).step_by(2) {
             for c in 0..C {
                 let col = (chunk + c) * CHUNK + k;
-                let weights = weights.add(col * PANEL);
-                if M == 1 {
-                    prefetch(weights.cast(), 2 * PANEL * size_of::<W>());
-                }
-                let two = W::two::<S>(weights);
+                let two = f32::two::<S>(weights.add(col * PANEL), true);
                 for odd in 0..2 {
                     for m in 0..M {
                         let x = S::splat(*x[m].add(col + odd));
@@ -358,9 +347,9 @@ unsafe fn step<S: Simd, W: Load, const M: usize, const C: usize>(
 
 /// One chunk of `M` rows, first the even inputs, then the odd ones.
 #[inline(always)]
-unsafe fn turns<S: Simd, W: Load, const M: usize>(
+unsafe fn turns<S: Simd, const M: usize>(
     x: [*const f32; M],
-    weights: *const W,
+    weights: *const f32,
     chunk: usize,
     sums: &mut [[S::V; 2]; M],
 ) {
@@ -371,7 +360,7 @@ unsafe fn turns<S: Simd, W: Load, const M: usize>(
             let mut partial = [[S::splat(0.0); 2]; M];
             for k in (0..CHUNK).step_by(2) {
                 let col = chunk * CHUNK + k;
-                let weights = W::two::<S>(weights.add(col * PANEL))[odd];
+                let weights = f32::two::<S>(weights.add(col * PANEL), true)[odd];
                 for m in 0..M {
                     let x = S::splat(*x[m].add(col + odd));
                     partial[m][0] = S::fma(x, weights[0], partial[m][0]);

@@ -183,9 +183,14 @@ impl<T: Source> Product<'_, T> {
                 let weights = if self.weight.form == Form::Bf16 {
                     packed.add(first * PANEL * 2).cast_mut()
                 } else {
+                    let normal = self.weight.normal(panel, block);
                     for pair in 0..chunks * amx::INPUTS / 2 {
                         let from = packed.add((first + 2 * pair) * PANEL);
-                        amx::unpack(from, weights.add(pair * 2 * amx::ROW));
+                        amx::unpack(
+                            from,
+                            normal >> pair & 1 == 1,
+                            weights.add(pair * 2 * amx::ROW),
+                        );
                     }
                     weights
                 };

@@ -7,15 +7,13 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid, __cpuid_count, __m512i, _mm512_cvtepi32_epi16, _mm512_gf2p8affine_epi64_epi8,
-    _mm512_inserti64x4, _mm512_loadu_si512, _mm512_mask_permutexvar_epi8, _mm512_maskz_loadu_epi8,
-    _mm512_maskz_loadu_epi32, _mm512_permutex2var_epi8, _mm512_permutexvar_epi8, _mm512_set1_epi8,
-    _mm512_set1_epi64, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_ternarylogic_epi64,
-    _mm512_testn_epi8_mask, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8, _mm512_zextsi256_si512,
+    __cpuid, __cpuid_count, _mm512_cvtepi32_epi16, _mm512_inserti64x4, _mm512_loadu_si512,
+    _mm512_maskz_loadu_epi8, _mm512_maskz_loadu_epi32, _mm512_permutexvar_epi8, _mm512_srli_epi32,
+    _mm512_storeu_si512, _mm512_zextsi256_si512,
 };
 use std::sync::OnceLock;
 
-use super::avx512::{HIGH, LOW};
+use super::avx512::fp8_to_bf16;
 use super::prefetch;
 
 /// Rows of a full tile.
@@ -195,45 +193,21 @@ impl Drop for Tiles {
     }
 }
 
-/// Weights of a pair of columns in `FP8_ORDER`, 64 bytes without NaN, as BF16: a row of the first 16 outputs' tile and
-/// one of the others'. The bytes of a BF16 value are linear in the bits of a normal FP8 value; a look-up gives the
-/// others.
+/// Weights of a pair of columns in `FP8_ORDER`, 64 bytes, as BF16: a row of the first 16 outputs' tile and one of the
+/// others'. `normal` as in [`super::Simd::fp8_rows`].
 ///
 /// # Safety
 /// `packed` is 64 bytes, `to` twice as many; the processor has AVX-512 (BW, VBMI) and GFNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
 #[inline]
-pub(in crate::cpu) unsafe fn unpack(packed: *const u8, to: *mut u8) {
-    /// Bits 3 to 0 become bits 7 to 4: the exponent's last bit and the fraction.
-    const LOW_BITS: i64 = 0x0102_0408;
-    /// Sign and the exponent's other bits plus 60: its first bit, that bit's opposite four times, the other two.
-    const HIGH_BITS: i64 = 0x1020_4040_4040_4080;
-    const OPPOSITE: i32 = 0x3c;
-    // SAFETY: the caller's; both tables are longer than a register.
+pub(in crate::cpu) unsafe fn unpack(packed: *const u8, normal: bool, to: *mut u8) {
+    // SAFETY: the caller's.
     unsafe {
         prefetch(packed, 64);
-        let bytes = _mm512_loadu_si512(packed.cast());
-        let low = _mm512_gf2p8affine_epi64_epi8::<0>(bytes, _mm512_set1_epi64(LOW_BITS));
-        let high = _mm512_gf2p8affine_epi64_epi8::<OPPOSITE>(bytes, _mm512_set1_epi64(HIGH_BITS));
-        let small = _mm512_testn_epi8_mask(bytes, _mm512_set1_epi8(0x78));
-        let low_table = _mm512_loadu_si512(LOW.as_ptr().cast());
-        let high_table = _mm512_loadu_si512(HIGH.as_ptr().cast());
-        let low = _mm512_mask_permutexvar_epi8(low, small, bytes, low_table);
-        let high = signed(
-            _mm512_mask_permutexvar_epi8(high, small, bytes, high_table),
-            bytes,
-        );
-        _mm512_storeu_si512(to.cast(), _mm512_unpacklo_epi8(low, high));
-        _mm512_storeu_si512(to.add(ROW).cast(), _mm512_unpackhi_epi8(low, high));
+        let [first, second] = fp8_to_bf16(_mm512_loadu_si512(packed.cast()), normal);
+        _mm512_storeu_si512(to.cast(), first);
+        _mm512_storeu_si512(to.add(ROW).cast(), second);
     }
-}
-
-/// `high` with the signs of `bytes`.
-#[target_feature(enable = "avx512f,avx512bw")]
-#[inline]
-fn signed(high: __m512i, bytes: __m512i) -> __m512i {
-    // high | bytes & sign
-    _mm512_ternarylogic_epi64::<0xf8>(high, bytes, _mm512_set1_epi8(-128))
 }
 
 /// What a row of inputs is made of.
@@ -284,17 +258,14 @@ const SPREAD: [u8; 64] = {
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 #[inline]
 unsafe fn fp8_inputs(p: *const u8, n: usize, first: *mut u8, second: *mut u8) {
-    // SAFETY: the caller's; the tables are as long as two registers, the mask has the values' bits.
+    // SAFETY: the caller's; the mask has the values' bits.
     unsafe {
-        let table = |t: &[u8; 128], i: usize| _mm512_loadu_si512(t.as_ptr().add(i).cast());
         let bytes = _mm512_maskz_loadu_epi8(u64::MAX >> (64 - n), p.cast());
-        let bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(SPREAD.as_ptr().cast()), bytes);
-        let high = _mm512_permutex2var_epi8(table(&HIGH, 0), bytes, table(&HIGH, 64));
-        let low = _mm512_permutex2var_epi8(table(&LOW, 0), bytes, table(&LOW, 64));
-        let high = signed(high, bytes);
-        _mm512_storeu_si512(first.cast(), _mm512_unpacklo_epi8(low, high));
+        let spread = _mm512_loadu_si512(SPREAD.as_ptr().cast());
+        let [low, high] = fp8_to_bf16(_mm512_permutexvar_epi8(spread, bytes), false);
+        _mm512_storeu_si512(first.cast(), low);
         if n > INPUTS {
-            _mm512_storeu_si512(second.cast(), _mm512_unpackhi_epi8(low, high));
+            _mm512_storeu_si512(second.cast(), high);
         }
     }
 }

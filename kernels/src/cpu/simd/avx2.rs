@@ -172,7 +172,7 @@ impl Simd for Avx2 {
         ]
     }
     #[inline(always)]
-    unsafe fn fp8_rows(p: *const u8) -> [[V; 2]; 2] {
+    unsafe fn fp8_rows(p: *const u8, _: bool) -> [[V; 2]; 2] {
         [
             [
                 [fp8x8(p), fp8x8(p.add(8))],

@@ -1,4 +1,4 @@
-//! AVX-512 (F, BW, VL, DQ and VBMI): one register a vector.
+//! AVX-512 (F, BW, VL, DQ and VBMI) and GFNI: one register a vector.
 #![expect(
     unsafe_op_in_unsafe_fn,
     reason = "the contract of every method is the trait's"
@@ -8,12 +8,13 @@ use std::arch::x86_64::{
     __m512, __m512i, _CMP_LT_OQ, _mm_storeu_si128, _mm256_loadu_si256, _mm512_abs_ps,
     _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cmpge_epu32_mask, _mm512_cmplt_epu32_mask, _mm512_cvtepi32_epi8,
-    _mm512_cvtepu16_epi32, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mask_blend_epi32, _mm512_mask_mov_ps, _mm512_maskz_loadu_ps,
-    _mm512_max_ps, _mm512_min_epu32, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_permute_ps, _mm512_permutex2var_epi8, _mm512_set1_epi8, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_srli_epi32,
-    _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
+    _mm512_cvtepu16_epi32, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps,
+    _mm512_gf2p8affine_epi64_epi8, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_blend_epi32,
+    _mm512_mask_mov_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_min_epu32, _mm512_min_ps,
+    _mm512_mul_ps, _mm512_or_si512, _mm512_permute_ps, _mm512_permutex2var_epi8, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+    _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_epi32, _mm512_sub_ps,
+    _mm512_ternarylogic_epi64, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
 };
 
 use half::bf16;
@@ -25,7 +26,7 @@ use crate::fp8;
 pub(super) struct Avx512;
 
 /// Runs a kernel with these features on.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni,avx2,fma")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Out {
     kernel.run::<Avx512>()
 }
@@ -45,11 +46,33 @@ const fn bf16_bytes(high: bool) -> [u8; 128] {
 pub(super) static HIGH: [u8; 128] = bf16_bytes(true);
 pub(super) static LOW: [u8; 128] = bf16_bytes(false);
 
+/// 64 FP8 values as bfloat16: the first 8 of every quarter of the register, then the others. Both bytes of the bfloat16 of
+/// an `normal` value are linear in its bits; for others each byte is looked up.
 #[inline(always)]
-unsafe fn table(bytes: &[u8; 128]) -> [__m512i; 2] {
+pub(super) unsafe fn fp8_to_bf16(bytes: __m512i, normal: bool) -> [__m512i; 2] {
+    /// Bits 3 to 0 become bits 7 to 4: the exponent's last bit and the fraction.
+    const LOW_BITS: i64 = 0x0102_0408;
+    /// Sign and the exponent's other bits plus 60: its first bit, that bit's opposite four times, the other two.
+    const HIGH_BITS: i64 = 0x1020_4040_4040_4080;
+    const OPPOSITE: i32 = 0x3c;
+    let (low, high) = if normal {
+        (
+            _mm512_gf2p8affine_epi64_epi8::<0>(bytes, _mm512_set1_epi64(LOW_BITS)),
+            _mm512_gf2p8affine_epi64_epi8::<OPPOSITE>(bytes, _mm512_set1_epi64(HIGH_BITS)),
+        )
+    } else {
+        let table = |t: &[u8; 128], i: usize| _mm512_loadu_si512(t.as_ptr().add(i).cast());
+        let look_up = |t| _mm512_permutex2var_epi8(table(t, 0), bytes, table(t, 64));
+        // The look-up ignores the sign: high | bytes & sign.
+        let sign = _mm512_set1_epi8(-128);
+        (
+            look_up(&LOW),
+            _mm512_ternarylogic_epi64::<0xf8>(look_up(&HIGH), bytes, sign),
+        )
+    };
     [
-        _mm512_loadu_si512(bytes.as_ptr().cast()),
-        _mm512_loadu_si512(bytes.as_ptr().add(64).cast()),
+        _mm512_unpacklo_epi8(low, high),
+        _mm512_unpackhi_epi8(low, high),
     ]
 }
 
@@ -170,16 +193,9 @@ impl Simd for Avx512 {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
     }
     #[inline(always)]
-    unsafe fn fp8_rows(p: *const u8) -> [[__m512; 2]; 2] {
-        let bytes = _mm512_loadu_si512(p.cast());
-        let [h0, h1] = table(&HIGH);
-        let [l0, l1] = table(&LOW);
-        // The look-up ignores the sign, which goes back on the high byte.
-        let sign = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
-        let high = _mm512_or_si512(_mm512_permutex2var_epi8(h0, bytes, h1), sign);
-        let low = _mm512_permutex2var_epi8(l0, bytes, l1);
-        let [a0, b0] = widen(_mm512_unpacklo_epi8(low, high));
-        let [a1, b1] = widen(_mm512_unpackhi_epi8(low, high));
+    unsafe fn fp8_rows(p: *const u8, normal: bool) -> [[__m512; 2]; 2] {
+        let [first, second] = fp8_to_bf16(_mm512_loadu_si512(p.cast()), normal);
+        let ([a0, b0], [a1, b1]) = (widen(first), widen(second));
         [[a0, a1], [b0, b1]]
     }
     #[inline(always)]

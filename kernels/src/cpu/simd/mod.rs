@@ -74,8 +74,8 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn bf16_pair(p: *const bf16) -> [Self::V; 2];
     /// 16 values in order.
     unsafe fn bf16(p: *const bf16) -> Self::V;
-    /// 64 values packed in `FP8_ORDER`: two rows of 32.
-    unsafe fn fp8_rows(p: *const u8) -> [[Self::V; 2]; 2];
+    /// 64 values packed in `FP8_ORDER`: two rows of 32. `normal`: all of them are ([`crate::fp8::is_normal`]).
+    unsafe fn fp8_rows(p: *const u8, normal: bool) -> [[Self::V; 2]; 2];
     /// Stores 16 values as FP8, as [`crate::fp8::encode`] does.
     unsafe fn store_fp8(p: *mut u8, v: Self::V);
 
@@ -172,6 +172,7 @@ impl Isa {
                 && has!("avx512vl")
                 && has!("avx512dq")
                 && has!("avx512vbmi")
+                && has!("gfni")
             {
                 #[cfg(target_os = "linux")]
                 if amx::available() {

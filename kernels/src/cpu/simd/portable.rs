@@ -112,7 +112,7 @@ impl Simd for Portable {
         std::array::from_fn(|i| words[i].to_f32())
     }
     #[inline(always)]
-    unsafe fn fp8_rows(p: *const u8) -> [[V; 2]; 2] {
+    unsafe fn fp8_rows(p: *const u8, _: bool) -> [[V; 2]; 2] {
         let bytes = std::slice::from_raw_parts(p, 64);
         [0, 32].map(|row| {
             [0, 16].map(|half| std::array::from_fn(|i| fp8::decode(bytes[row + half + i])))

@@ -81,7 +81,11 @@ impl Kernel for Everything<'_> {
                 for v in S::bf16_pair(words.as_ptr()) {
                     keep(v);
                 }
-                for v in S::fp8_rows(bytes.as_ptr()).as_flattened() {
+                for v in S::fp8_rows(bytes.as_ptr(), false).as_flattened() {
+                    keep(*v);
+                }
+                let normal = bytes.map(|b| if fp8::is_normal(b) { b } else { 8 });
+                for v in S::fp8_rows(normal.as_ptr(), true).as_flattened() {
                     keep(*v);
                 }
                 let sums = S::sum4([x, y, c, S::mul(y, c)]);
