@@ -14,6 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // Payloads decode to `Bytes`: a view of the receive buffer, not a copy.
         .bytes(".hadal.v1.Piece.payload")
+        .codec_path("crate::Codec")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,6 +1,10 @@
 //! The wire contracts of Hadal (`hadal.v1`) and their generated tonic code. Conversions to a crate's own types live
 //! in that crate, at its edge.
 
+mod codec;
+
+pub use codec::Codec;
+
 /// Messages, clients and servers of package `hadal.v1`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
 pub mod v1 {
