@@ -46,9 +46,11 @@ impl Chain {
     /// The hash of the next full block.
     pub fn push(&mut self, block: &[u32; BLOCK_TOKENS]) -> BlockHash {
         let mut hasher = blake3::Hasher::new_keyed(&self.parent);
-        for token in block {
-            hasher.update(&token.to_le_bytes());
+        let mut bytes = [[0; 4]; BLOCK_TOKENS];
+        for (bytes, token) in bytes.iter_mut().zip(block) {
+            *bytes = token.to_le_bytes();
         }
+        hasher.update(bytes.as_flattened());
         self.parent = *hasher.finalize().as_bytes();
         name(&self.parent)
     }
