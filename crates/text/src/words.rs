@@ -20,7 +20,8 @@ const MAX_WORD_BYTES: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Words {
     cutter: Cutter,
-    known: RwLock<HashMap<Box<str>, Arc<[u32]>>>,
+    /// Keyed hashes, as the standard ones: nobody can write words that collide.
+    known: RwLock<HashMap<Box<str>, Arc<[u32]>, ahash::RandomState>>,
     /// The character that stands for each byte in the model's vocabulary.
     chars: [char; 256],
 }
