@@ -1,6 +1,6 @@
 """Hadal's router beside sglang-router, both before instant workers, in one run: prints the table of router.md.
 
-    cargo build --release -p router --bin router --example versus
+    cargo build --profile dist -p router --bin router --example versus
     python -m venv /tmp/peer && /tmp/peer/bin/pip install --no-deps sglang-router==0.3.2
     /tmp/peer/bin/pip install setproctitle aiohttp orjson uvicorn fastapi
     sudo python docs/benchmarks/router.py --peer /tmp/peer/bin/python [--pin] [--quickack] [--rounds 3] [--seconds 1.5]
@@ -21,7 +21,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "dist"
 PEER_PORT = 18101
 
 
