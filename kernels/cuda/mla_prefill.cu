@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     extern __shared__ __align__(1024) u8 shared[];
     u32 q = shared_address(shared), k = q + Q_BYTES, v = k + 2 * K_BYTES;
     u32 q_full = v + 2 * V_BYTES, k_full = q_full + 8, v_full = k_full + 16, k_empty = v_full + 16, v_empty = k_empty + 16;
-    __shared__ int broken;  // the first token whose value is not finite and has been taken away, for those who see it
+    // The first token whose value is not finite and has been taken away, for those who see it.
+    int& broken = *(int*)(shared + (v_empty + 16 - q));
     if (threadIdx.x == 0) {
         broken = 0x7fffffff;
         mbar_init(q_full, 1);
@@ -149,13 +150,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         int base = (tiles - 1 - n) * (int)KV_ROWS, from = tokens - queries + tile + (int)(wg * 64) + 1 - base;
         if (from >= (int)KV_ROWS) return;
         mbar_wait(v_full + 8 * (n & 1), n >> 1 & 1);
-#pragma unroll 4
-        for (u32 i = (from > 0 ? (u32)from * 8 : 0) + (threadIdx.x & 127); i < KV_ROWS * 8; i += 128) {
+        u32 first = from > 0 ? (u32)from * 8 : 0, sums[4] = {};
+#pragma unroll 1
+        for (u32 i = first / 512 * 512; i < KV_ROWS * 8; i += 512) {  // 64 rows at once: there is nothing to hide this behind
+            u32 at = v + (n & 1) * V_BYTES + (i + (threadIdx.x & 127)) * 16;
+            uint4 values[8];
 #pragma unroll
+            for (u32 k = 0; k < 8; ++k) values[k] = load_shared_16(at + (k & 1) * BOX + (k >> 1) * 2048);
+#pragma unroll
+            for (u32 k = 0; k < 8; ++k) add_not_finite_bf16(sums, values[k]);
+        }
+        if (!named_any(2 + wg, 128, ((sums[0] | sums[1] | sums[2] | sums[3]) & 0x7fff7fffu) != 0)) return;
+#pragma unroll 1
+        for (u32 i = first + (threadIdx.x & 127); i < KV_ROWS * 8; i += 128) {
+#pragma unroll 1
             for (u32 half = 0; half < 2; ++half) {
-                u32 at = v + (n & 1) * V_BYTES + half * BOX + i * 16;
-                uint4 values = load_shared_16(at);
-                if (all_finite_bf16(values)) continue;
+                u32 at = v + (n & 1) * V_BYTES + half * BOX + i * 16, own[4] = {};
+                add_not_finite_bf16(own, load_shared_16(at));
+                if (((own[0] | own[1] | own[2] | own[3]) & 0x7fff7fffu) == 0) continue;
                 atomicMin(&broken, base + (int)(i >> 3));
                 store_shared_16(at, 0, 0, 0, 0);
             }
@@ -181,7 +193,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     release(k_empty, 0);
     softmax(0);
     pack();
-    hide_unseen(0);
+#pragma unroll 1
+    for (int n = 0; n < tiles && n < 2; ++n) hide_unseen(n);  // no other tile meets a mask; in the loop it would cost 5 %
     for (int n = 0; n + 1 < tiles; ++n) {
         take_turn();
         start_scores(n + 1);
@@ -197,7 +210,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (u32 i = 0; i < 64; ++i) o[i] *= by[i >> 1 & 1];
         pack();
-        hide_unseen(n + 1);
     }
     take_turn();
     start_output(tiles - 1);

@@ -21,14 +21,12 @@ DEVICE float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 DEVICE float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Whether eight bf16 values are neither infinite nor NaN: such a one times 0 is NaN.
-DEVICE bool all_finite_bf16(uint4 x) {
-    u32 sum = 0;
-    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.x), "r"(0));
-    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.y), "r"(0));
-    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.z), "r"(0));
-    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x.w), "r"(0));
-    return (sum & 0x7fff7fffu) == 0;
+// Adds eight bf16 values times 0 to four pairs of sums: those stay 0, of either sign, but where a value is infinite or NaN.
+DEVICE void add_not_finite_bf16(u32 (&sums)[4], uint4 x) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sums[0]) : "r"(x.x), "r"(0));
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sums[1]) : "r"(x.y), "r"(0));
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sums[2]) : "r"(x.z), "r"(0));
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sums[3]) : "r"(x.w), "r"(0));
 }
 // Two floats to two bf16 (round to nearest even), `low` in the low half.
 DEVICE u32 pack_bf16(float low, float high) {
@@ -101,6 +99,15 @@ DEVICE bool elect_one() {
 }
 // Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads.
 DEVICE void named_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Whether `x` holds for any of the threads that meet.
+DEVICE bool named_any(u32 id, u32 threads, bool x) {
+    u32 any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbarrier.cta.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"((u32)x)
+                 : "memory");
+    return any != 0;
+}
 DEVICE void named_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 template <u32 N>

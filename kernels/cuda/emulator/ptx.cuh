@@ -124,10 +124,9 @@ inline u16 to_bf16(float x) {
 inline float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 inline float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-inline bool all_finite_bf16(uint4 x) {
+inline void add_not_finite_bf16(u32 (&sums)[4], uint4 x) {
     for (u32 pair : {x.x, x.y, x.z, x.w})
-        if ((pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u) return false;
-    return true;
+        if ((pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u) sums[0] = 0x7fff;
 }
 inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 inline u32 pack_f16(float low, float high) {
@@ -168,6 +167,16 @@ inline u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - emulator::shared_memory()); }
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 inline void named_sync(u32 id, u32 threads) { emulator::meet_named(id, threads, true); }
+inline bool named_any(u32 id, u32 threads, bool x) {
+    static bool any[16];  // one block runs at a time
+    any[id] |= x;
+    named_sync(id, threads);
+    bool result = any[id];
+    named_sync(id, threads);
+    any[id] = false;
+    named_sync(id, threads);
+    return result;
+}
 inline void named_arrive(u32 id, u32 threads) { emulator::meet_named(id, threads, false); }
 template <u32 N> inline void registers_down() {}
 template <u32 N> inline void registers_up() {}

@@ -118,8 +118,8 @@ pub fn attend(
             heads as u32,
             sequences as u32,
         ],
-        // Q, two K and two V tiles, nine barriers.
-        shared_bytes: (3 + 2 * 3 + 2 * 2) * 16_384 + 9 * 8,
+        // Q, two K and two V tiles, nine barriers, a token.
+        shared_bytes: (3 + 2 * 3 + 2 * 2) * 16_384 + 9 * 8 + 8,
         ..Launch::new(1, 384, overlap)
     };
     // SAFETY: mla_prefill(TensorMap, TensorMap, TensorMap, PrefillArgs).
