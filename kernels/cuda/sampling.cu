@@ -25,9 +25,8 @@ constexpr u32 THREADS = 1024, WARPS = THREADS / 32, BUCKETS = 2048, LISTED = 512
 constexpr u32 LOWEST = 0x007fffffu;      // the key of minus infinity
 constexpr float STEP = BUCKETS / 32.0f;  // buckets for a factor of two
 
-// Keys are ordered as logits are: NaN above all, and nothing has key 0.
+// Keys of numbers are ordered as the numbers are.
 DEVICE u32 to_key(float x) {
-    if (x != x) return 0xffffffffu;
     u32 bits = __float_as_uint(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -39,17 +38,13 @@ struct Row {
     u32 first, last;  // positions of the row's first logit and behind its last
 
     DEVICE u32 count() const { return ceil_div(last, 4); }
-    // Positions of a word that are not the row's get key 0.
-    DEVICE void keys(u32 word, u32 (&out)[4]) const {
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            u32 at = 4 * word + i;
-            out[i] = at >= first && at < last ? to_key(((const float*)words)[at]) : 0;
-        }
+    // Minus infinity where a position is not the row's.
+    DEVICE float at(u32 position) const {
+        return position >= first && position < last ? ((const float*)words)[position] : -__int_as_float(0x7f800000);
     }
 };
 
-// Calls f(key, position) for all of the row's words from `begin` to `end`, by the lanes of a warp, a few loads in flight each.
+// Calls f(logit, position) for all of the row's words from `begin` to `end`, by the lanes of a warp, a few loads in flight each.
 template <class F>
 DEVICE void scan(const Row& row, u32 begin, u32 end, bool backwards, F f) {
     u32 rounds = ceil_div(end - begin, 32 * AT_ONCE), words = row.count();
@@ -62,15 +57,12 @@ DEVICE void scan(const Row& row, u32 begin, u32 end, bool backwards, F f) {
 #pragma unroll
             for (u32 k = 0; k < AT_ONCE; ++k) {
                 u32 position = 4 * (at + 32 * k);
-                f(to_key(x[k].x), position), f(to_key(x[k].y), position + 1);
-                f(to_key(x[k].z), position + 2), f(to_key(x[k].w), position + 3);
+                f(x[k].x, position), f(x[k].y, position + 1), f(x[k].z, position + 2), f(x[k].w, position + 3);
             }
         } else {
             for (u32 word = at; word < min_u32(base + 32 * AT_ONCE, end); word += 32) {
-                u32 keys[4];
-                row.keys(word, keys);
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) f(keys[i], 4 * word + i);
+#pragma unroll 1
+                for (u32 i = 0; i < 4; ++i) f(row.at(4 * word + i), 4 * word + i);
             }
         }
     }
@@ -113,11 +105,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     u32 width = ceil_div(row.count(), WARPS), begin = min_u32(warp * width, row.count()), end = min_u32(begin + width, row.count());
 
     // The largest logit, lowest index first.
-    u32 best = 0, where = 0;
-    scan(row, begin, end, false, [&](u32 key, u32 position) {
-        if (key > best) best = key, where = position;
+    float largest = -__int_as_float(0x7f800000);
+    u32 where = lead;
+    bool broken = false;
+    scan(row, begin, end, false, [&](float x, u32 position) {
+        if (x > largest) largest = x, where = position;
+        broken |= x != x;
     });
-    u32 top = __reduce_max_sync(0xffffffff, best);
+    u32 best = broken ? 0xffffffffu : to_key(largest), top = __reduce_max_sync(0xffffffff, best);
     where = __reduce_min_sync(0xffffffff, best == top ? where : 0xffffffffu);
     if (lane == 0) top_key[warp] = top, top_index[warp] = where;
     __syncthreads();
@@ -131,8 +126,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     }
 
     // Distance from the largest in buckets; logits as far as BUCKETS have no mass.
-    float largest = from_key(top), factor = 1.4426950408889634f * STEP / temperature;
-    auto distance = [&](u32 key) { return (largest - from_key(key)) * factor; };
+    float factor = 1.4426950408889634f * STEP / temperature;
+    largest = from_key(top);
+    auto distance = [&](float x) { return (largest - x) * factor; };
     auto mass = [&](float distance) {
         return (u32)fminf(exp2_approx(fmaf(distance, -1.0f / STEP, 32.0f)), 4294967040.0f);
     };
@@ -160,9 +156,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     };
 
     clear();
-    scan(row, begin, end, true, [&](u32 key, u32) {
-        float d = distance(key);
-        if (key >= LOWEST && d < (float)BUCKETS) add((u32)d, mass(d));
+    scan(row, begin, end, true, [&](float x, u32) {
+        float d = distance(x);
+        if (d < (float)BUCKETS) add((u32)d, mass(d));
     });
     u64 total;
     u64 before = buckets_before(total);
@@ -181,13 +177,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
         u32 key = LOWEST, last = top;
         while (key < last) {
             u32 middle = key + (last - key + 1) / 2;
-            if (distance(middle) >= far) key = middle;
+            if (distance(from_key(middle)) >= far) key = middle;
             else last = middle - 1;
         }
         if (lane < 2) bounds[lane] = key + (lane == 0);
     }
     __syncthreads();
-    u32 lowest = bounds[0], highest = bounds[1], count;
+    u32 lowest = bounds[0], highest = bounds[1], count;  // keys
     u64 inside, candidates, above = above_bucket;  // masses above the keys looked at, and at them, of this thread's logits
     for (;;) {
         __syncthreads();
@@ -195,9 +191,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
         __syncthreads();
         u32 least = highest, most = lowest;
         inside = candidates = 0;
-        scan(row, begin, end, false, [&](u32 key, u32) {
-            if (key < lowest) return;
-            u32 m = mass(distance(key));
+        float low_end = from_key(lowest);
+        scan(row, begin, end, false, [&](float x, u32) {
+            if (x < low_end) return;
+            u32 key = to_key(x), m = mass(distance(x));
             if (key > highest) {
                 inside += m;
                 return;
@@ -218,8 +215,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
         u32 shift = 0;
         while ((highest - lowest) >> shift >= BUCKETS) ++shift;
         clear();
-        scan(row, begin, end, true, [&](u32 key, u32) {
-            if (key >= lowest && key <= highest) add((highest - key) >> shift, mass(distance(key)));
+        scan(row, begin, end, true, [&](float x, u32) {
+            u32 key = to_key(x);
+            if (key >= lowest && key <= highest) add((highest - key) >> shift, mass(distance(x)));
         });
         before = above + buckets_before(total);
         select(before, wanted);
@@ -256,11 +254,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     begin = min_u32(segment * width, row.count());
     end = min_u32(begin + width, row.count());
     for (u32 base = begin; base < end; base += THREADS) {
-        u32 word = base + threadIdx.x, keys[4] = {};
+        u32 word = base + threadIdx.x;
         u64 masses[4] = {}, own = 0;
-        if (word < end) row.keys(word, keys);
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) own += masses[i] = keys[i] >= lowest ? mass(distance(keys[i])) : 0;
+        for (u32 i = 0; i < 4; ++i) {
+            float x = word < end ? row.at(4 * word + i) : -__int_as_float(0x7f800000);
+            own += masses[i] = x >= from_key(lowest) ? mass(distance(x)) : 0;
+        }
         u64 at = start + sum_before(own, scratch, total);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
