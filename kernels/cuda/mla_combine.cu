@@ -7,12 +7,17 @@ constexpr u32 MAX_PIECES = 160, AT_ONCE = 8;  // pieces that a thread loads at o
 extern "C" __global__ void __launch_bounds__(64 * GROUPS, 2) mla_combine(const MlaArgs args) {
     __shared__ float4 known[MAX_PIECES];  // log-sum-exp and magnitudes of the pieces (of up to GROUPS for each row)
     __shared__ float partial_sums[GROUPS][64][9];
+    __shared__ uint4 first_entry;
+    // The plan is older than the kernel before this one: what it says is fetched while that one ends.
+    u32 units = (u32)args.rows[0];
+    if (threadIdx.x == 0 && blockIdx.x < units) first_entry = ((const uint4*)args.rows)[1 + blockIdx.x];
+    __syncthreads();
     wait_for_previous_kernel();
     let_next_kernel_start();
-    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64, units = (u32)args.rows[0];
+    u32 rows = args.queries * args.heads, pitch = ceil_div(rows, 64) * 64;
     u32 group = threadIdx.x >> 6, t = threadIdx.x & 63, lane = threadIdx.x & 31;
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        uint4 entry = ((const uint4*)args.rows)[1 + unit];
+        uint4 entry = unit == blockIdx.x ? first_entry : ((const uint4*)args.rows)[1 + unit];
         u32 seq = entry.x, first = entry.z, count = entry.w;
         bool alone = count <= GROUPS, valid = !alone || entry.y + group < rows;
         u32 row = entry.y + (alone && valid ? group : 0), begin = alone ? 0 : group, step = alone ? 1 : GROUPS;

@@ -15,6 +15,7 @@
 // Results leave through Q's place in shared memory as whole rows. A sequence cut into several parts leaves normalised partials
 // in FP16 (each row's half divided by its largest magnitude: half the traffic, and eight times finer than the output's BF16)
 // with log-sum-exps and magnitudes; mla_combine adds them in part order.
+// The plan, the lengths and the first blocks' numbers are read while the kernel before this one ends; only the loads wait for it.
 #include "mla.cuh"
 #include "wgmma.cuh"
 
@@ -83,13 +84,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         prefetch_map(&q_map);
         prefetch_map(&kv_map);
     }
-    wait_for_previous_kernel();
     __syncthreads();
 
     u32 rows = args.queries * args.heads, row_tiles = ceil_div(rows, 64);
     u32 row_tile = blockIdx.x % row_tiles;
     Part part = args.parts[blockIdx.x / row_tiles];
-    if (part.first_seq < 0) return;
+    if (part.first_seq < 0) {
+        wait_for_previous_kernel();
+        return;
+    }
     // Through a shuffle, so that the compiler knows the roles to be uniform in a warp.
     u32 warp = __shfl_sync(0xffffffff, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, wg = warp >> 2;
 
@@ -106,6 +109,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 for (u32 t = 0; t < TILES; ++t)
                     tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
             };
+            wait_for_previous_kernel();
             for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
                 int begin = seq == part.first_seq ? part.first_block : 0;
                 int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)args.lengths[seq], 64);

@@ -169,6 +169,9 @@ pub fn plan(
 
 /// Attention of `q` `[batch][queries][heads][576]` BF16 to `out` `[batch][queries][heads][512]` BF16. `scale` multiplies the
 /// scores. Rows of sequences of length 0 are left alone.
+///
+/// With `overlap` the plan and the lengths are read while the kernel in front of this one ends: they must be older than that
+/// one.
 pub fn decode(
     gpu: &Gpu,
     stream: &CudaStream,
