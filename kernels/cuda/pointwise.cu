@@ -10,11 +10,11 @@ struct Eight {
     float v[8];
 };
 
-DEVICE Eight load_bf16(const u16* from) {
-    uint4 raw = *(const uint4*)from;
+DEVICE Eight unpack_bf16(uint4 raw) {
     return {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y),
             bf16_low(raw.z), bf16_high(raw.z), bf16_low(raw.w), bf16_high(raw.w)};
 }
+DEVICE Eight load_bf16(const u16* from) { return unpack_bf16(*(const uint4*)from); }
 DEVICE void store_bf16(u16* to, const Eight& x) {
     *(uint4*)to = uint4{pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]), pack_bf16(x.v[4], x.v[5]),
                         pack_bf16(x.v[6], x.v[7])};
@@ -99,14 +99,17 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const NormArgs args)
     Eight x = {};
     if (valid) {
         u16* at = args.residual + (u64)row * args.ld + col;
-        x = load_bf16(at);
-        if (args.delta) {
-            Eight delta = load_bf16(args.delta + (u64)row * args.cols + col);
+        // Both loads on their way before either is used: no branch between them, in which the compiler would hide the second. Minus
+        // zeros in place of no delta change nothing.
+        uint4 raw = *(const uint4*)at, none = {0x80008000u, 0x80008000u, 0x80008000u, 0x80008000u};
+        uint4 more = *(const uint4*)(args.delta ? args.delta + (u64)row * args.cols + col : at);
+        if (!args.delta) more = none;
+        x = unpack_bf16(raw);
+        Eight delta = unpack_bf16(more);
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) x.v[i] += delta.v[i];
-            round_bf16(x);
-            store_bf16(at, x);
-        }
+        for (u32 i = 0; i < 8; ++i) x.v[i] += delta.v[i];
+        round_bf16(x);
+        if (args.delta) store_bf16(at, x);
     }
     float squares = 0.0f;
 #pragma unroll
@@ -206,9 +209,14 @@ struct CacheArgs {
 // One block of threads a row: threads of the latent normalise, those after it rotate; latent and rope multiples of 8.
 extern "C" __global__ void __launch_bounds__(256) cache_write(const CacheArgs args) {
     __shared__ float scratch[32];
+    u32 row = blockIdx.x, col = threadIdx.x * 8, width = args.latent + args.rope;
+    float weight[8] = {};
+    if (col < args.latent) {  // does not depend on the kernel before this one
+#pragma unroll
+        for (u32 i = 0; i < 8; i += 4) *(float4*)(weight + i) = __ldg((const float4*)(args.weight + col + i));
+    }
     wait_for_previous_kernel();
     let_next_kernel_start();
-    u32 row = blockIdx.x, col = threadIdx.x * 8, width = args.latent + args.rope;
     int slot = args.slots[row];
     if (slot < 0) return;
     Eight x = {};
@@ -222,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(256) cache_write(const CacheArgs ar
     u16* to = args.cache + (((u64)(slot / 64) * args.layers + args.layer) * 64 + slot % 64) * width + col;
     if (col < args.latent) {
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) x.v[i] = x.v[i] * inverse * args.weight[col + i];
+        for (u32 i = 0; i < 8; ++i) x.v[i] = x.v[i] * inverse * weight[i];
         store_bf16(to, x);
     } else if (col < width) {
         const float* table = args.table + (u64)args.positions[row] * args.rope + (col - args.latent);
