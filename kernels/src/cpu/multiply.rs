@@ -92,43 +92,49 @@ pub(super) unsafe fn multiply(
     let Some(isa) = *isa else {
         return plain(op, x, x_row, groups, &out);
     };
-    // A single row's product waits for memory; tiles would only delay it.
+    let mut groups: Vec<&Group<'_>> = groups.iter().collect();
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if groups.iter().all(|g| g.weight.tiles()) && groups.iter().any(|g| g.rows.len() > 1) {
+    {
+        // A single row's product waits for memory; bringing weights to tiles would only delay it.
+        let (many, single): (Vec<_>, Vec<_>) =
+            (groups.iter()).partition(|g| g.weight.tiles() && g.rows.len() > 1);
         match x {
+            _ if many.is_empty() => {}
             Acts::Quantised { data, scales, cols } => {
                 let row = |group: &Group<'_>, i: usize| {
                     let (t, blocks) = (x_row(i), cols.div_ceil(fp8::BLOCK));
                     let scales = scales[t * blocks..][..blocks].as_ptr();
                     (data[t * cols..][..cols].as_ptr(), scales, out.row(group, i))
                 };
-                let (rows, parts) = collect(op, groups, row)?;
+                let (rows, parts) = collect(op, &many, row)?;
                 // SAFETY: the weights are for tiles, `row` gives inputs and scales of their sizes; outputs are inside, and
                 // disjoint by contract.
                 unsafe { fast::tile_products(pool, &rows, &parts) };
-                return Ok(());
+                groups = single;
             }
-            Acts::Plain(rows) if exact_in_bf16(rows, x_row, groups) => {
+            Acts::Plain(rows) if exact_in_bf16(rows, x_row, &many) => {
                 let row = |group: &Group<'_>, i: usize| {
                     let x = rows.row(x_row(i))[group.x_first..][..group.weight.cols()].as_ptr();
                     (x, std::ptr::null(), out.row(group, i))
                 };
-                let (rows, parts) = collect(op, groups, row)?;
+                let (rows, parts) = collect(op, &many, row)?;
                 // SAFETY: as above.
                 unsafe { fast::tile_products(pool, &rows, &parts) };
-                return Ok(());
+                groups = single;
             }
             Acts::Plain(_) => {}
         }
+        if groups.is_empty() {
+            return Ok(());
+        }
     }
-    prepare(x, x_row, groups, inputs);
-    let mut number = 0;
+    let places = prepare(x, x_row, &groups, inputs);
+    let mut places = places.iter();
     let row = |group: &Group<'_>, i: usize| {
-        let (x, scales) = input(x, x_row(i), group, inputs, number);
-        number += 1;
+        let (x, scales) = input(x, x_row(i), group, inputs, places.next());
         (x, scales, out.row(group, i))
     };
-    let (rows, parts) = collect(op, groups, row)?;
+    let (rows, parts) = collect(op, &groups, row)?;
     // SAFETY: `input` gives inputs and scales of the weights' sizes; outputs are inside, and disjoint by contract.
     unsafe { fast::products(pool, isa, &rows, &parts) };
     Ok(())
@@ -154,7 +160,7 @@ impl Outputs {
 /// Every group's rows (inputs, scales, outputs) and weights.
 fn collect<'a, T>(
     op: &'static str,
-    groups: &[Group<'a>],
+    groups: &[&Group<'a>],
     mut row: impl FnMut(&Group<'a>, usize) -> (*const T, *const f32, *mut f32),
 ) -> Result<(Vec<Row<T>>, Vec<Part<'a>>)> {
     let mut rows = Vec::with_capacity(groups.iter().map(|g| g.rows.len()).sum());
@@ -213,7 +219,7 @@ fn plain(
 fn exact_in_bf16(
     rows: super::views::Rows<'_>,
     x_row: &dyn Fn(usize) -> usize,
-    groups: &[Group<'_>],
+    groups: &[&Group<'_>],
 ) -> bool {
     const SMALLEST: f32 = 1e-12;
     let exact = |x: f32| {
@@ -229,59 +235,68 @@ fn exact_in_bf16(
     })
 }
 
-/// Fills `inputs` where rows cannot be read in place: FP8 as float32, or padded with zeros to whole chunks.
+/// Fills `inputs` where rows cannot be read in place, FP8 as float32 or padded with zeros to whole chunks, and says where
+/// each of all groups' rows is.
 fn prepare(
     x: Acts<'_>,
     x_row: &dyn Fn(usize) -> usize,
-    groups: &[Group<'_>],
+    groups: &[&Group<'_>],
     inputs: &mut Vec<f32>,
-) {
+) -> Vec<usize> {
     let cols = groups.first().map_or(0, |g| g.weight.cols());
     let padded = cols.next_multiple_of(CHUNK);
+    let rows = groups
+        .iter()
+        .flat_map(|g| g.rows.clone().map(|i| (*g, x_row(i))));
     inputs.clear();
     match x {
         Acts::Quantised { data, .. } => {
-            for row in data.chunks_exact(cols.max(1)) {
-                inputs.extend(row.iter().map(|byte| fp8::decode(*byte)));
-                inputs.resize(inputs.len() + padded - cols, 0.0);
-            }
+            // A row that several groups read is decoded once.
+            let mut places = vec![None; data.len() / cols.max(1)];
+            let mut place = |(_, t): (_, usize)| {
+                *places[t].get_or_insert_with(|| {
+                    let first = inputs.len();
+                    let row = &data[t * cols..][..cols];
+                    inputs.extend(row.iter().map(|byte| fp8::decode(*byte)));
+                    inputs.resize(first + padded, 0.0);
+                    first
+                })
+            };
+            rows.map(&mut place).collect()
         }
-        Acts::Plain(rows) if padded != cols => {
-            for group in groups {
-                for i in group.rows.clone() {
-                    inputs.extend(&rows.row(x_row(i))[group.x_first..][..cols]);
-                    inputs.resize(inputs.len() + padded - cols, 0.0);
-                }
-            }
+        Acts::Plain(x) if padded != cols => {
+            let place = |(group, t): (&Group<'_>, usize)| {
+                let first = inputs.len();
+                inputs.extend(&x.row(t)[group.x_first..][..cols]);
+                inputs.resize(first + padded, 0.0);
+                first
+            };
+            rows.map(place).collect()
         }
-        Acts::Plain(_) => {}
+        Acts::Plain(_) => Vec::new(),
     }
 }
 
-/// Inputs and scales of row `t` of `x`, which is the `n`th row of all groups.
+/// Inputs and scales of row `t` of `x`; `place` is where `prepare` put it, if it did.
 fn input(
     x: Acts<'_>,
     t: usize,
     group: &Group<'_>,
     inputs: &[f32],
-    n: usize,
+    place: Option<&usize>,
 ) -> (*const f32, *const f32) {
     let cols = group.weight.cols();
-    let padded = cols.next_multiple_of(CHUNK);
-    match x {
+    let row = match (place, x) {
+        (Some(first), _) => &inputs[*first..][..cols.next_multiple_of(CHUNK)],
+        (None, Acts::Plain(rows)) => &rows.row(t)[group.x_first..][..cols],
+        (None, Acts::Quantised { .. }) => unreachable!("`prepare` decodes every row"),
+    };
+    let scales = match x {
         Acts::Quantised { scales, .. } => {
             let blocks = cols.div_ceil(fp8::BLOCK);
-            (
-                inputs[t * padded..][..padded].as_ptr(),
-                scales[t * blocks..][..blocks].as_ptr(),
-            )
+            scales[t * blocks..][..blocks].as_ptr()
         }
-        Acts::Plain(_) if padded != cols => {
-            (inputs[n * padded..][..padded].as_ptr(), std::ptr::null())
-        }
-        Acts::Plain(rows) => (
-            rows.row(t)[group.x_first..][..cols].as_ptr(),
-            std::ptr::null(),
-        ),
-    }
+        Acts::Plain(_) => std::ptr::null(),
+    };
+    (row.as_ptr(), scales)
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::rows::{some_rows, vectors};
 use crate::backend::GateShape;
 use crate::cpu::pool::{Pool, Split};
-use crate::cpu::simd::{Isa, Kernel, Simd};
+use crate::cpu::simd::{Isa, Kernel, LANES, Simd, prefetch};
 use crate::cpu::views::Rows;
 
 /// `sigmoid(x W^T)` of some rows.
@@ -71,7 +71,14 @@ unsafe fn logits<S: Simd, const R: usize>(
             for (i, n) in vectors(len) {
                 let mut w = [S::splat(0.0); 4];
                 for j in 0..4 {
-                    w[j] = S::load_first(weight.add(experts[j] * len + i), n);
+                    let at = weight.add(experts[j] * len + i);
+                    // The next four experts' weights: a row ends before the processor knows it as one.
+                    prefetch(
+                        at.cast(),
+                        LANES * size_of::<f32>(),
+                        4 * len * size_of::<f32>(),
+                    );
+                    w[j] = S::load_first(at, n);
                 }
                 for r in 0..R {
                     let x = S::load_first(x[r].add(i), n);

@@ -14,7 +14,7 @@ use std::arch::x86_64::{
 use std::sync::OnceLock;
 
 use super::avx512::fp8_to_bf16;
-use super::prefetch;
+use super::{AHEAD, prefetch};
 
 /// Rows of a full tile.
 pub(in crate::cpu) const ROWS: usize = 16;
@@ -203,7 +203,7 @@ impl Drop for Tiles {
 pub(in crate::cpu) unsafe fn unpack(packed: *const u8, normal: bool, to: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
-        prefetch(packed, 64);
+        prefetch(packed, 64, AHEAD);
         let [first, second] = fp8_to_bf16(_mm512_loadu_si512(packed.cast()), normal);
         _mm512_storeu_si512(to.cast(), first);
         _mm512_storeu_si512(to.add(ROW).cast(), second);

@@ -2,7 +2,7 @@
 //! processor sees as many streams and asks for what follows by itself; and nothing but registers in between.
 
 use super::{CHUNK, Load, PANEL, Product, Row};
-use crate::cpu::simd::{LANES, Simd, prefetch};
+use crate::cpu::simd::{AHEAD, LANES, Simd, prefetch};
 use crate::fp8;
 
 /// Panels side by side where there are 32 registers: four sums each.
@@ -57,7 +57,7 @@ impl Product<'_> {
                         let x = [S::splat(*row.x.add(col)), S::splat(*row.x.add(col + 1))];
                         for p in 0..P {
                             let weights = packed[p].add(col * PANEL);
-                            prefetch(weights.cast(), 2 * PANEL * size_of::<W>());
+                            prefetch(weights.cast(), 2 * PANEL * size_of::<W>(), AHEAD);
                             let two = W::two::<S>(weights, normal[p] & 1 == 1);
                             normal[p] >>= 1;
                             for odd in 0..2 {
