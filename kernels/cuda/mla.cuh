@@ -12,7 +12,7 @@ struct Part {
     int first_seq, first_block, last_seq, end_block;  // from block first_block of first_seq up to end_block of last_seq
     int split;                                        // index of first_seq's piece among that sequence's pieces
     int ids[2];                                       // the first two blocks' entries of the block table
-    int pad;
+    int settled;                                      // blocks of first_seq that hold no token of this step
 };
 
 struct MlaArgs {

@@ -15,7 +15,8 @@
 // Results leave through Q's place in shared memory as whole rows. A sequence cut into several parts leaves normalised partials
 // in FP16 (each row's half divided by its largest magnitude: half the traffic, and eight times finer than the output's BF16)
 // with log-sum-exps and magnitudes; mla_combine adds them in part order.
-// The plan, the lengths and the first blocks' numbers are read while the kernel before this one ends; only the loads wait for it.
+// The plan and the lengths are read, and the first block is fetched, while the kernel before this one ends; Q and blocks with tokens
+// of this step wait for it. Then comes Q, through the warps of the odd block, which has time.
 #include "mla.cuh"
 #include "wgmma.cuh"
 
@@ -104,17 +105,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             u32 half = warp - 8, buffer = half & 1, k = buffer ? k1 : k0;
             bool right = half == 1 || half == 2, rope = half >= 2;
             u32 first = right ? 4 : 0, loads = 0, segments = 0;
-            auto load_q = [&](int seq) {
-                mbar_expect(q_full, TILES * TILE);
-                for (u32 t = 0; t < TILES; ++t)
+            auto load_q = [&](int seq, u32 from, u32 to) {
+                for (u32 t = from; t < to; ++t)
                     tma_2d(q + t * TILE, &q_map, q_full, t * 64, seq * rows + row_tile * 64, EVICT_NORMAL);
             };
-            wait_for_previous_kernel();
+            bool early = buffer == 0 && part.first_block < part.settled;
+            if (!early) wait_for_previous_kernel();
+            if (half == 1) mbar_expect(q_full, TILES * TILE), load_q(part.first_seq, 0, 5);
+            if (half == 3) load_q(part.first_seq, 5, TILES);
             for (int seq = part.first_seq; seq <= part.last_seq; ++seq) {
                 int begin = seq == part.first_seq ? part.first_block : 0;
                 int end = seq == part.last_seq ? part.end_block : (int)ceil_div((u32)args.lengths[seq], 64);
                 if (begin >= end) continue;
-                if (half == 0 && segments == 0) load_q(seq);
                 const int* table = args.block_table + (u64)seq * args.max_blocks;
                 int id = seq == part.first_seq ? (buffer ? part.ids[1] : part.ids[0]) : begin + (int)buffer < end ? table[begin + buffer] : 0;
                 for (int b = begin + (int)buffer; b < end; b += 2, ++loads) {
@@ -126,9 +128,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         tma_4d(k + tile * TILE, &kv_map, bar, tile * 64, 0, args.layer, id, EVICT_FIRST);
                     }
                     id = next;
+                    if (early && loads == 0) wait_for_previous_kernel();
                     if (half == 0 && b == begin && segments++) {  // behind the block, which may be free long before
                         mbar_wait(q_empty, segments & 1);
-                        load_q(seq);
+                        mbar_expect(q_full, TILES * TILE);
+                        load_q(seq, 0, TILES);
                     }
                 }
             }

@@ -6,6 +6,7 @@
 // whole sequences, if that does not make the longest part much longer; else runs of equal cost over all sequences. A piece costs
 // OVERHEAD blocks more than its own, and cutting sequences (partial results, mla_combine) UNCUT blocks of everybody's time.
 constexpr u32 OVERHEAD = 4, UNCUT = 6;
+constexpr int MOST_QUERIES = 4;  // tokens that a step adds to a sequence
 
 // Cuts, by one thread.
 DEVICE void cut(const int* blocks, u32 batch, u32 parts, u32 total, u32 best, Part* out, int* pieces) {
@@ -82,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         int seq = out[p].first_seq, block = out[p].first_block;
         for (u32 i = 0; seq >= 0 && i < 2; ++i)
             out[p].ids[i] = block + i < max_blocks ? block_table[(u64)seq * max_blocks + block + i] : 0;
+        if (seq >= 0) out[p].settled = lengths[seq] > MOST_QUERIES ? (lengths[seq] - MOST_QUERIES) / 64 : 0;
     }
     for (u32 seq = threadIdx.x; seq < batch; seq += blockDim.x) {
         u32 count = (u32)(pieces[seq + 1] - pieces[seq]), step = count <= GROUPS ? GROUPS : 1;

@@ -170,8 +170,8 @@ pub fn plan(
 /// Attention of `q` `[batch][queries][heads][576]` BF16 to `out` `[batch][queries][heads][512]` BF16. `scale` multiplies the
 /// scores. Rows of sequences of length 0 are left alone.
 ///
-/// With `overlap` the plan and the lengths are read while the kernel in front of this one ends: they must be older than that
-/// one.
+/// With `overlap` the plan, the lengths and cache blocks without tokens of this step are read while the kernel in front of
+/// this one ends: they must be older than that one.
 pub fn decode(
     gpu: &Gpu,
     stream: &CudaStream,
