@@ -86,10 +86,10 @@ extern "C" __global__ void __launch_bounds__(1024)
         if (seq >= 0) out[p].settled = lengths[seq] > MOST_QUERIES ? (lengths[seq] - MOST_QUERIES) / 64 : 0;
     }
     for (u32 seq = threadIdx.x; seq < batch; seq += blockDim.x) {
-        u32 count = (u32)(pieces[seq + 1] - pieces[seq]), step = count <= GROUPS ? GROUPS : 1;
+        u32 count = (u32)(pieces[seq + 1] - pieces[seq]), step = count <= FEW ? GROUPS : 1, end = count <= FEW ? rows : 2 * rows;
         if (count < 2) continue;
-        u32 at = atomicAdd(&units, ceil_div(rows, step));
-        for (u32 row = 0; row < rows; row += step)
+        u32 at = atomicAdd(&units, ceil_div(end, step));
+        for (u32 row = 0; row < end; row += step)
             ((uint4*)combine)[++at] = uint4{seq, row, (u32)pieces[seq], count};
     }
     __syncthreads();

@@ -56,8 +56,8 @@ impl Shape {
 
     /// Elements of [`Workspace::rows`].
     pub fn rows_len(self, sms: u32) -> usize {
-        // Fewer than `parts` sequences are split, and a sequence has no more units than rows.
-        4 * (1 + self.parts(sms) * self.rows())
+        // Fewer than `parts` sequences are split, and a sequence has no more units than halves of rows.
+        4 * (1 + self.parts(sms) * self.rows() * 2)
     }
 
     /// Rows of partial results, of which [`Workspace::partial`] has [`LATENT`] elements each and [`Workspace::sums`] 4.
@@ -266,7 +266,7 @@ pub fn decode(
             arguments![q_map, kv_map, args],
         )
     }?;
-    let blocks = rows.min(gpu.sms() as usize * 4) as u32;
+    let blocks = (2 * rows).min(gpu.sms() as usize * 4) as u32;
     // SAFETY: mla_combine(MlaArgs).
     unsafe {
         Launch::new(blocks, 512, overlap).run(
