@@ -92,6 +92,10 @@ pub(super) unsafe fn multiply(
     let Some(isa) = *isa else {
         return plain(op, x, x_row, groups, &out);
     };
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        expect(unused_mut, reason = "no tiles there")
+    )]
     let mut groups: Vec<&Group<'_>> = groups.iter().collect();
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     {
