@@ -20,6 +20,8 @@ pub(crate) struct Activations<B: Backend> {
     pub(crate) plain: Tensor<B::Mem>,
     quantised: Option<Quantised<B::Mem>>,
     format: ScaleFormat,
+    /// Products take what is plain as BF16.
+    rounded: bool,
 }
 
 impl<B: Backend> Activations<B> {
@@ -45,6 +47,7 @@ impl<B: Backend> Activations<B> {
     pub(crate) fn input(&self, quantised: bool) -> Input<'_, B::Mem> {
         match &self.quantised {
             Some(values) if quantised => Input::Quantised(values),
+            _ if self.rounded => Input::Rounded(&self.plain),
             _ => Input::Plain(&self.plain),
         }
     }
@@ -170,6 +173,7 @@ impl<B: Backend> Planner<'_, B> {
             plain: self.tensor(rows, cols)?,
             quantised,
             format: self.format,
+            rounded: self.precision == Precision::Bf16,
         })
     }
 

@@ -10,7 +10,7 @@ use crate::tensor::{DType, Tensor};
 pub enum Precision {
     /// Everything in float32: weights are dequantised, the cache is float32. The oracle.
     F32,
-    /// BF16 weights (FP8 ones dequantised), BF16 cache.
+    /// BF16 weights (FP8 ones dequantised), BF16 inputs of the layers' products, BF16 cache.
     Bf16,
     /// FP8 block weights and activations quantised 1x128 on the fly (report section 3.3), BF16 cache.
     W8A8,
@@ -82,6 +82,8 @@ pub struct Quantised<M> {
 pub enum Input<'a, M> {
     /// Activations as they are.
     Plain(&'a Tensor<M>),
+    /// Activations that the product takes as BF16: rounded first, where they are wider.
+    Rounded(&'a Tensor<M>),
     /// Activations quantised by an operation before.
     Quantised(&'a Quantised<M>),
 }

@@ -37,6 +37,7 @@ impl Backend for Cpu {
             pool,
             isa: self.isa,
             inputs: Vec::new(),
+            rounded: Vec::new(),
         })
     }
 

@@ -1,7 +1,7 @@
 //! The CPU backend: the embedded default, and in its [`Cpu::reference`] form the oracle for every other backend.
 //!
-//! Activations are float32 in every precision; weights stay as small as the precision says; the cache rounds to its own
-//! type. Sums have one fixed order per output value, whatever the threads, the instruction set or the other rows.
+//! Activations are float32 in every precision, whatever products make of their inputs; weights stay as small as the
+//! precision says; the cache rounds to its own type. Sums have one fixed order per output value, whatever the threads, the instruction set or the other rows.
 
 mod backend;
 mod cache;
@@ -60,6 +60,8 @@ pub struct Stream {
     isa: Option<Isa>,
     /// Inputs of a product, decoded or padded.
     inputs: Vec<f32>,
+    /// Inputs of a product that takes them as BF16.
+    rounded: Vec<f32>,
 }
 
 /// Weights of a linear layer.

@@ -88,7 +88,9 @@ pub(super) unsafe fn multiply(
         len: out.len(),
         stride,
     };
-    let Stream { pool, isa, inputs } = stream;
+    let Stream {
+        pool, isa, inputs, ..
+    } = stream;
     let Some(isa) = *isa else {
         return plain(op, x, x_row, groups, &out);
     };
@@ -116,7 +118,7 @@ pub(super) unsafe fn multiply(
                 unsafe { fast::tile_products(pool, &rows, &parts) };
                 groups = single;
             }
-            Acts::Plain(rows) if exact_in_bf16(rows, x_row, &many) => {
+            Acts::Plain(rows) if exact_in_bf16(rows) => {
                 let row = |group: &Group<'_>, i: usize| {
                     let x = rows.row(x_row(i))[group.x_first..][..group.weight.cols()].as_ptr();
                     (x, std::ptr::null(), out.row(group, i))
@@ -217,25 +219,18 @@ fn plain(
     Ok(())
 }
 
-/// Whether all groups' inputs are BF16 values that tiles multiply as float32 does: none so small that its products with
-/// weights for tiles could be subnormal.
+/// Whether all inputs are BF16 values that tiles multiply as float32 does: none so small that its products with weights
+/// for tiles could be subnormal.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-fn exact_in_bf16(
-    rows: super::views::Rows<'_>,
-    x_row: &dyn Fn(usize) -> usize,
-    groups: &[&Group<'_>],
-) -> bool {
+fn exact_in_bf16(rows: super::views::Rows<'_>) -> bool {
     const SMALLEST: f32 = 1e-12;
     let exact = |x: f32| {
         x.to_bits().trailing_zeros() >= 16 && (x == 0.0 || x.abs() >= SMALLEST || x.is_nan())
     };
-    groups.iter().all(|group| {
-        group.rows.clone().all(|i| {
-            let row = &rows.row(x_row(i))[group.x_first..][..group.weight.cols()];
-            // No early end inside a chunk, so that vectors do it.
-            row.chunks(64)
-                .all(|chunk| chunk.iter().fold(true, |all, x| all & exact(*x)))
-        })
+    // No early end inside a chunk, so that vectors do it.
+    (0..rows.count).all(|t| {
+        let mut chunks = rows.row(t).chunks(64);
+        chunks.all(|chunk| chunk.iter().fold(true, |all, x| all & exact(*x)))
     })
 }
 

@@ -8,7 +8,7 @@ use super::memory::Memory;
 use super::pool::Split;
 use super::simd::Isa;
 use super::{fast, reference};
-use crate::backend::{Columns, Error, Input, Output, Result, ScaleFormat, Sequences};
+use crate::backend::{Columns, Error, Output, Quantised, Result, ScaleFormat, Sequences};
 use crate::fp8;
 use crate::tensor::{DType, Tensor};
 
@@ -158,22 +158,22 @@ pub(super) enum Acts<'a> {
 }
 
 impl<'a> Acts<'a> {
-    pub(super) fn of(op: &'static str, x: &Input<'a, Memory>, rows: usize) -> Result<Self> {
-        match x {
-            Input::Plain(t) => Ok(Self::Plain(Rows::of(op, t, rows)?)),
-            Input::Quantised(q) => {
-                let len = typed::<u8>(op, &q.data, DType::Fp8, rows)?;
-                let cols = q.data.cols;
-                ensure(q.scales.cols == cols.div_ceil(fp8::BLOCK), op, || {
-                    format!("{} scales for rows of {cols}", q.scales.cols)
-                })?;
-                Ok(Self::Quantised {
-                    data: &q.data.mem.slice()[..len],
-                    scales: f32s(op, &q.scales, rows)?,
-                    cols,
-                })
-            }
-        }
+    /// Rows that an operation before quantised.
+    pub(super) fn quantised(
+        op: &'static str,
+        x: &'a Quantised<Memory>,
+        rows: usize,
+    ) -> Result<Self> {
+        let len = typed::<u8>(op, &x.data, DType::Fp8, rows)?;
+        let cols = x.data.cols;
+        ensure(x.scales.cols == cols.div_ceil(fp8::BLOCK), op, || {
+            format!("{} scales for rows of {cols}", x.scales.cols)
+        })?;
+        Ok(Self::Quantised {
+            data: &x.data.mem.slice()[..len],
+            scales: f32s(op, &x.scales, rows)?,
+            cols,
+        })
     }
 
     pub(super) fn cols(&self) -> usize {

@@ -10,6 +10,7 @@ mod attention;
 mod gate;
 mod packed;
 mod product;
+mod round;
 mod rows;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles;
@@ -18,6 +19,7 @@ pub(super) use attention::{attend_absorbed, attend_expanded};
 pub(super) use gate::gate;
 pub(super) use packed::{CHUNK, Packed};
 pub(super) use product::{Part, Row, products};
+pub(super) use round::round;
 pub(super) use rows::{add_norm, combine, norm, norm_row, quantise, quantise_row, rope, swiglu};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) use tiles::tile_products;

@@ -1,10 +1,12 @@
 //! Products: arguments checked, grouped by weights, then the reference or the fast path.
 
+use std::mem;
+
 use crate::backend::{Dispatch, Input, Result};
 use crate::cpu::memory::Memory;
 use crate::cpu::multiply::{Group, Weights, multiply};
-use crate::cpu::views::{Acts, Rows, device, ensure, f32s_mut, i32s, within};
-use crate::cpu::{Expert, Experts, Heads, Linear, Stream};
+use crate::cpu::views::{Acts, Rows, device, ensure, f32s, f32s_mut, i32s, within};
+use crate::cpu::{Expert, Experts, Heads, Linear, Stream, fast, reference};
 use crate::tensor::Tensor;
 
 /// [`crate::Backend::matmul`].
@@ -16,19 +18,20 @@ pub(in crate::cpu) fn matmul(
     out: &mut Tensor<Memory>,
 ) -> Result<()> {
     let op = "matmul";
-    let x = Acts::of(op, x, rows)?;
     let Linear(weight) = weight;
-    fits(op, weight, x.cols(), out.cols)?;
     let stride = out.cols;
-    let group = Group {
-        weight,
-        rows: 0..rows,
-        x_first: 0,
-        out_first: 0,
-    };
     let out = f32s_mut(op, out, rows)?;
-    // SAFETY: one group.
-    unsafe { multiply(op, stream, x, &|t| t, &[group], out, stride) }
+    with_input(op, stream, x, rows, |stream, x| {
+        fits(op, weight, x.cols(), stride)?;
+        let group = Group {
+            weight,
+            rows: 0..rows,
+            x_first: 0,
+            out_first: 0,
+        };
+        // SAFETY: one group.
+        unsafe { multiply(op, stream, x, &|t| t, &[group], out, stride) }
+    })
 }
 
 /// [`crate::Backend::absorb_query`].
@@ -109,22 +112,17 @@ pub(in crate::cpu) fn experts_gate_up(
     ensure(top_k > 0 && copies.is_multiple_of(top_k), op, || {
         format!("{copies} copies of top {top_k}")
     })?;
-    let x = Acts::of(op, x, copies / top_k)?;
     let copy_of_row = i32s(op, &dispatch.copy_of_row, copies)?;
     within(op, copy_of_row, copies)?;
+    let token = |row: usize| copy_of_row[row] as usize / top_k;
     let stride = out.cols;
     let out = f32s_mut(op, out, copies)?;
-    let groups = slot_groups(
-        op,
-        experts,
-        |e| &e.gate_up,
-        dispatch,
-        copies,
-        (x.cols(), stride),
-    )?;
-    let token = |row: usize| copy_of_row[row] as usize / top_k;
-    // SAFETY: slots have rows of their own.
-    unsafe { multiply(op, stream, x, &token, &groups, out, stride) }
+    with_input(op, stream, x, copies / top_k, |stream, x| {
+        let shape = (x.cols(), stride);
+        let groups = slot_groups(op, experts, |e| &e.gate_up, dispatch, copies, shape)?;
+        // SAFETY: slots have rows of their own.
+        unsafe { multiply(op, stream, x, &token, &groups, out, stride) }
+    })
 }
 
 /// [`crate::Backend::experts_down`].
@@ -137,19 +135,40 @@ pub(in crate::cpu) fn experts_down(
     out: &mut Tensor<Memory>,
 ) -> Result<()> {
     let op = "experts_down";
-    let x = Acts::of(op, x, copies)?;
     let stride = out.cols;
     let out = f32s_mut(op, out, copies)?;
-    let groups = slot_groups(
-        op,
-        experts,
-        |e| &e.down,
-        dispatch,
-        copies,
-        (x.cols(), stride),
-    )?;
-    // SAFETY: slots have rows of their own.
-    unsafe { multiply(op, stream, x, &|row| row, &groups, out, stride) }
+    with_input(op, stream, x, copies, |stream, x| {
+        let shape = (x.cols(), stride);
+        let groups = slot_groups(op, experts, |e| &e.down, dispatch, copies, shape)?;
+        // SAFETY: slots have rows of their own.
+        unsafe { multiply(op, stream, x, &|row| row, &groups, out, stride) }
+    })
+}
+
+/// Checks a product's inputs and gives it them as it reads them.
+fn with_input(
+    op: &'static str,
+    stream: &mut Stream,
+    x: &Input<'_, Memory>,
+    rows: usize,
+    product: impl FnOnce(&mut Stream, Acts<'_>) -> Result<()>,
+) -> Result<()> {
+    match x {
+        Input::Plain(x) => product(stream, Acts::Plain(Rows::of(op, x, rows)?)),
+        Input::Quantised(x) => product(stream, Acts::quantised(op, x, rows)?),
+        Input::Rounded(x) => {
+            let values = f32s(op, x, rows)?;
+            let mut rounded = mem::take(&mut stream.rounded);
+            rounded.resize(values.len(), 0.0);
+            match stream.isa {
+                None => reference::round(values, &mut rounded),
+                Some(isa) => fast::round(&mut stream.pool, isa, values, &mut rounded),
+            }
+            let result = product(stream, Acts::Plain(Rows::new(&rounded, x.cols)));
+            stream.rounded = rounded;
+            result
+        }
+    }
 }
 
 /// Checks a product's inputs and outputs.

@@ -1,5 +1,7 @@
 //! Products with weight matrices (report section 3.3).
 
+use half::bf16;
+
 use crate::cpu::views::Acts;
 use crate::cpu::weights::Matrix;
 use crate::fp8;
@@ -41,5 +43,12 @@ pub(in crate::cpu) fn matmul(
             }
             out[i * stride + n] = sum;
         }
+    }
+}
+
+/// Puts `x` into `out`, rounded to the nearest BF16 values (ties to even).
+pub(in crate::cpu) fn round(x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = bf16::from_f32(*x).to_f32();
     }
 }

@@ -7,7 +7,7 @@ mod moe;
 mod rows;
 
 pub(super) use attention::{attend_absorbed, attend_expanded, cache_read, cache_write};
-pub(super) use linear::matmul;
+pub(super) use linear::{matmul, round};
 #[cfg(test)]
 pub(super) use moe::choose;
 pub(super) use moe::{combine, dispatch, gate};

@@ -109,6 +109,34 @@ fn quantised_products_are_those_of_the_quantised_operands() {
 }
 
 #[test]
+fn rounded_products_are_those_of_inputs_that_were_rounded_before() {
+    let mut random = Random::new(7);
+    for (rows, n, k) in [(1, 40, 100), (3, 64, 256), (50, 130, 70), (120, 33, 400)] {
+        for (dtype, precision) in FORMS {
+            let x = random.values(rows * k);
+            let rounded: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+            assert_ne!(x, rounded);
+            let weight = Checkpoint::random(&mut random, dtype, n, k);
+            let want = product(&rounded, &[&weight]);
+            let case = format!("{rows} {n} {k} {precision:?}");
+            check(&case, &want, SUMS, |cpu, stream| {
+                let linear = cpu.linear(&[weight.host()], precision).unwrap();
+                let [x, rounded] = [&x, &rounded].map(|x| tensor(cpu, k, x));
+                let [out, same] = [Input::Rounded(&x), Input::Plain(&rounded)].map(|input| {
+                    let mut out = poisoned(cpu, rows, n);
+                    cpu.matmul(stream, input, &linear, rows, &mut out).unwrap();
+                    floats(&out)
+                });
+                assert_eq!(out, same, "{case}");
+                // What other operations read stays as it was.
+                assert_ne!(floats(&x), floats(&rounded));
+                out
+            });
+        }
+    }
+}
+
+#[test]
 fn a_row_has_the_same_bits_whatever_rows_are_beside_it() {
     let mut random = Random::new(3);
     let (n, k) = (72, 400);
