@@ -2,6 +2,7 @@
 //! bound; the fast path within the same bound, and the same bits whatever the instruction set and the threads.
 
 mod attention;
+mod experts;
 mod linear;
 mod moe;
 mod rows;
