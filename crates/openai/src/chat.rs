@@ -331,7 +331,8 @@ pub struct TokenLogprob {
     pub token: String,
     /// Natural logarithm.
     pub logprob: f32,
-    /// Its bytes: concatenated over tokens they are the text, whatever the tokens cut apart.
+    /// Its bytes: concatenated over tokens they are the text, whatever the tokens cut apart. Empty for a special token,
+    /// which the text leaves out.
     pub bytes: Vec<u8>,
     /// The most likely tokens, best first.
     pub top_logprobs: Vec<Alternative>,

@@ -65,10 +65,8 @@ impl Answer {
         piece: &mut Piece,
     ) -> Found {
         let start = self.decoded;
-        if !tokenizer.is_hidden(token) {
-            self.detokeniser
-                .push(tokenizer.token_bytes(token), &mut self.fresh);
-        }
+        self.detokeniser
+            .push(tokenizer.text_bytes(token), &mut self.fresh);
         self.decoded += self.fresh.len();
         if let Some(entry) = entry {
             self.held.push_back(Held {

@@ -137,6 +137,15 @@ impl Tokenizer {
         self.hidden.binary_search(&id).is_ok()
     }
 
+    /// The bytes that a token adds to an answer's text: none where it is left out of it.
+    pub fn text_bytes(&self, id: u32) -> &[u8] {
+        if self.is_hidden(id) {
+            &[]
+        } else {
+            self.token_bytes(id)
+        }
+    }
+
     /// The id of a token by its text, special or not.
     pub fn id_of(&self, content: &str) -> Option<u32> {
         let special = self.special.iter().find(|token| token.content == content);

@@ -183,6 +183,11 @@ fn ids_are_found_by_content_and_padding_rows_are_empty() {
     );
     assert!(tokenizer.is_hidden(tokenizer.id_of("<｜end▁of▁sentence｜>").unwrap()));
     assert!(!tokenizer.is_hidden(tokenizer.id_of("</think>").unwrap()));
+    for (token, shown) in [("<｜end▁of▁sentence｜>", ""), ("</think>", "</think>")] {
+        let id = tokenizer.id_of(token).unwrap();
+        assert_eq!(tokenizer.token_bytes(id), token.as_bytes());
+        assert_eq!(tokenizer.text_bytes(id), shown.as_bytes());
+    }
     assert_eq!(tokenizer.token_bytes(1_000_000), b"");
 }
 

@@ -149,13 +149,10 @@ impl Format for ChatFormat {
 }
 
 fn token_logprob(tokenizer: &Tokenizer, entry: &Entry) -> TokenLogprob {
-    let alternative = |&(token, logprob): &(u32, f32)| {
-        let bytes = tokenizer.token_bytes(token);
-        Alternative {
-            token: lossy(bytes),
-            logprob,
-            bytes: bytes.to_vec(),
-        }
+    let alternative = |&(token, logprob): &(u32, f32)| Alternative {
+        token: lossy(tokenizer.token_bytes(token)),
+        logprob,
+        bytes: tokenizer.text_bytes(token).to_vec(),
     };
     let Alternative {
         token,
@@ -174,4 +171,31 @@ fn token_logprob(tokenizer: &Tokenizer, entry: &Entry) -> TokenLogprob {
 /// Bytes of a token as text.
 pub(super) fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_that_is_left_out_of_the_text_has_a_name_and_no_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        testkit::checkpoint::write_tiny(folder.path(), 1).unwrap();
+        let text = Text::load(folder.path()).unwrap();
+        let pad = text.tokenizer().id_of("<｜▁pad▁｜>").unwrap();
+        let entry = Entry {
+            token: pad,
+            logprob: -1.0,
+            top: vec![(pad, -1.0)],
+        };
+        let told = token_logprob(text.tokenizer(), &entry);
+        let [alternative] = &told.top_logprobs[..] else {
+            panic!("{told:?}");
+        };
+        assert_eq!((&*told.token, &*told.bytes), ("<｜▁pad▁｜>", &[][..]));
+        assert_eq!(
+            (&*alternative.token, &*alternative.bytes),
+            ("<｜▁pad▁｜>", &[][..])
+        );
+    }
 }

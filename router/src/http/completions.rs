@@ -107,9 +107,9 @@ impl CompletionFormat {
         let offset = &mut self.offsets[index];
         let mut logprobs = Logprobs::default();
         for entry in entries {
-            let token = lossy(tokenizer.token_bytes(entry.token));
             logprobs.text_offset.push(*offset);
-            *offset += token.chars().count() as u32;
+            *offset += lossy(tokenizer.text_bytes(entry.token)).chars().count() as u32;
+            let token = lossy(tokenizer.token_bytes(entry.token));
             logprobs.tokens.push(token);
             logprobs.token_logprobs.push(entry.logprob);
             let top = entry.top.iter().map(|(token, logprob)| {
