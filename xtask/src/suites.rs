@@ -25,7 +25,7 @@ impl Suites {
     /// Takes the next line of output.
     pub(crate) fn line(&mut self, line: &str) {
         if is_header(line) {
-            self.died();
+            self.end();
         } else if self.running.is_empty() {
             return;
         }
@@ -42,12 +42,8 @@ impl Suites {
         }
     }
 
-    /// The output is over. A program that did not say how its tests went is broken.
+    /// The program that runs ends here: broken, if it did not say how its tests went.
     pub(crate) fn end(&mut self) {
-        self.died();
-    }
-
-    fn died(&mut self) {
         if !self.running.is_empty() {
             let mut output = mem::take(&mut self.running);
             output.push("(ended without a result)".into());

@@ -58,21 +58,8 @@ pub const fn is(_: Bug) -> bool {
     false
 }
 
-/// The bug that is planted in this thread.
+/// Plants `bug`, or none, in this thread (a simulation runs in one).
 #[cfg(feature = "bugs")]
-pub fn planted() -> Option<Bug> {
-    PLANTED.get()
-}
-
-/// Runs `work` with `bug` planted in this thread (a simulation runs in one thread).
-#[cfg(feature = "bugs")]
-pub fn with<T>(bug: Option<Bug>, work: impl FnOnce() -> T) -> T {
-    struct Restore(Option<Bug>);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            PLANTED.set(self.0);
-        }
-    }
-    let _restore = Restore(PLANTED.replace(bug));
-    work()
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
 }

@@ -108,8 +108,10 @@ impl CompletionFormat {
         let mut logprobs = Logprobs::default();
         for entry in entries {
             logprobs.text_offset.push(*offset);
-            *offset += lossy(tokenizer.text_bytes(entry.token)).chars().count() as u32;
             let token = lossy(tokenizer.token_bytes(entry.token));
+            if !tokenizer.is_hidden(entry.token) {
+                *offset += token.chars().count() as u32;
+            }
             logprobs.tokens.push(token);
             logprobs.token_logprobs.push(entry.logprob);
             let top = entry.top.iter().map(|(token, logprob)| {

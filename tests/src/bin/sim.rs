@@ -99,7 +99,7 @@ fn run_all(args: &Args, tally: &Tally) {
 
 /// Runs a seed, counts it, and prints what came of it where somebody wants to know.
 fn is_good(seed: u64, args: &Args, tally: &Tally) -> bool {
-    let run = || planted::with(args.bug, || sim::run(seed));
+    let run = || sim::run(seed, args.bug);
     let report = run();
     let again = args.twice.then(|| run().trace);
     let is_same = again.is_none_or(|again| again == report.trace);

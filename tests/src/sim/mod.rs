@@ -19,6 +19,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use planted::Bug;
 use turmoil::Sim;
 
 pub use client::{End, Outcome};
@@ -52,17 +53,18 @@ pub struct Report {
     pub took: Duration,
 }
 
-/// Runs the plan of `seed`.
-pub fn run(seed: u64) -> Report {
-    let bug = planted::planted();
-    panics::reported(move || planted::with(bug, || run_plan(seed, &Plan::of(seed)))).unwrap_or_else(
-        |panic| Report {
-            outcomes: Vec::new(),
-            violations: vec![Violation::Panic(panic)],
-            trace: 0,
-            took: Duration::ZERO,
-        },
-    )
+/// Runs the plan of `seed`, with a bug in the code if there is to be one.
+pub fn run(seed: u64, bug: Option<Bug>) -> Report {
+    let ran = panics::reported(move || {
+        planted::plant(bug);
+        run_plan(seed, &Plan::of(seed))
+    });
+    ran.unwrap_or_else(|panic| Report {
+        outcomes: Vec::new(),
+        violations: vec![Violation::Panic(panic)],
+        trace: 0,
+        took: Duration::ZERO,
+    })
 }
 
 /// Runs a plan; `seed` decides latencies and the router's randomness.

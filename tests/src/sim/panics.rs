@@ -19,7 +19,7 @@ thread_local! {
     static REPORT: Cell<Option<mpsc::Sender<String>>> = const { Cell::new(None) };
 }
 
-/// What `work` returns, or the message of its panic, with its place (and the way there, where RUST_BACKTRACE asks for it).
+/// What `work` returns, in a new thread, or the message of its panic, with its place (and the way there, where RUST_BACKTRACE asks for it).
 pub(super) fn reported<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {

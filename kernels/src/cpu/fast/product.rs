@@ -33,6 +33,22 @@ pub(in crate::cpu) struct Row<T> {
     pub(in crate::cpu) out: *mut f32,
 }
 
+impl<T> Row<T> {
+    /// Scale of the inputs of a block of 128.
+    ///
+    /// # Safety
+    /// The row has that block.
+    #[inline(always)]
+    pub(super) unsafe fn scale(&self, block: usize) -> f32 {
+        if self.scales.is_null() {
+            1.0
+        } else {
+            // SAFETY: the caller's.
+            unsafe { *self.scales.add(block) }
+        }
+    }
+}
+
 // SAFETY: a row is plain addresses; the products' contracts cover what is behind them.
 unsafe impl<T> Send for Row<T> {}
 // SAFETY: as above.
@@ -206,12 +222,7 @@ impl Product<'_> {
                 let packed = packed.add(first * PANEL);
                 let at = |i: usize| -> (*const f32, f32) {
                     let row = rows[i];
-                    let own = if row.scales.is_null() {
-                        1.0
-                    } else {
-                        *row.scales.add(block)
-                    };
-                    (row.x.add(first), own * scale)
+                    (row.x.add(first), row.scale(block) * scale)
                 };
                 let normal = self.weight.normal(panel, block);
                 let weights = dequantise::<S, W>(packed, normal, chunks, scratch);

@@ -206,12 +206,7 @@ impl<T: Source> Product<'_, T> {
                     let first = 2 * pair * height;
                     for i in 0..(self.rows.len() - first).min(2 * height) {
                         let row = &self.rows[first + i];
-                        let own = if row.scales.is_null() {
-                            1.0
-                        } else {
-                            *row.scales.add(block)
-                        };
-                        let scale = _mm512_set1_ps(own * scale);
+                        let scale = _mm512_set1_ps(row.scale(block) * scale);
                         let from = products.add((i / height * 2 * height + i % height) * amx::ROWS);
                         let to = totals.add((first + i) * PANEL);
                         for half in 0..2 {

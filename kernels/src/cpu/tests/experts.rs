@@ -6,7 +6,23 @@ use super::{
     poisoned_quantised, tensor,
 };
 use crate::backend::{Backend, Dispatch, Input, Precision, ScaleFormat};
+use crate::cpu::{Experts, Memory};
 use crate::tensor::DType;
+
+/// Puts an expert's gate, up and down weights into a slot.
+fn load(cpu: &Cpu, weights: &mut Experts, slot: usize, expert: &[Checkpoint; 3]) {
+    let [gate, up, down] = expert.each_ref().map(Checkpoint::host);
+    cpu.load_expert(weights, slot, &gate, &up, &down).unwrap();
+}
+
+/// Rows by slot; where a copy went is of no use to products.
+fn dispatched(cpu: &Cpu, offsets: &[i32], copy_of_row: &[i32]) -> Dispatch<Memory> {
+    Dispatch {
+        offsets: ints(cpu, 1, offsets),
+        copy_of_row: ints(cpu, 1, copy_of_row),
+        row_of_copy: ints(cpu, 1, copy_of_row),
+    }
+}
 
 #[test]
 fn experts_multiply_the_rows_that_dispatch_gave_them() {
@@ -45,16 +61,10 @@ fn experts_multiply_the_rows_that_dispatch_gave_them() {
                     SUMS,
                     |cpu, stream| {
                         let mut weights = cpu.experts(slots, hidden, inter, precision).unwrap();
-                        for (slot, e) in experts.iter().enumerate().filter(|(slot, _)| *slot != 1) {
-                            let [gate, up, down] = e.each_ref().map(Checkpoint::host);
-                            cpu.load_expert(&mut weights, slot, &gate, &up, &down)
-                                .unwrap();
+                        for (slot, expert) in experts.iter().enumerate().filter(|(s, _)| *s != 1) {
+                            load(cpu, &mut weights, slot, expert);
                         }
-                        let dispatch = Dispatch {
-                            offsets: ints(cpu, 1, &offsets),
-                            copy_of_row: ints(cpu, 1, &copy_of_row),
-                            row_of_copy: ints(cpu, 1, &copy_of_row),
-                        };
+                        let dispatch = dispatched(cpu, &offsets, &copy_of_row);
                         let width = if what == "down" { hidden } else { 2 * inter };
                         let mut out = poisoned(cpu, copies, width);
                         let done = if what == "down" {
@@ -127,15 +137,9 @@ fn quantised_experts_are_right_however_many_rows_each_has() {
     check("experts_gate_up", &want, SUMS, |cpu, stream| {
         let mut weights = (cpu.experts(experts.len(), hidden, inter, Precision::W8A8)).unwrap();
         for (slot, expert) in experts.iter().enumerate() {
-            let [gate, up, down] = expert.each_ref().map(Checkpoint::host);
-            cpu.load_expert(&mut weights, slot, &gate, &up, &down)
-                .unwrap();
+            load(cpu, &mut weights, slot, expert);
         }
-        let dispatch = Dispatch {
-            offsets: ints(cpu, 1, &offsets),
-            copy_of_row: ints(cpu, 1, &copy_of_row),
-            row_of_copy: ints(cpu, 1, &copy_of_row),
-        };
+        let dispatch = dispatched(cpu, &offsets, &copy_of_row);
         let q = quantised(cpu, stream);
         let (x, mut out) = (Input::Quantised(&q), poisoned(cpu, copies, 2 * inter));
         cpu.experts_gate_up(stream, x, &weights, &dispatch, copies, top_k, &mut out)

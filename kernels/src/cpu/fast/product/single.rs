@@ -75,11 +75,7 @@ impl Product<'_> {
                         }
                     }
                 }
-                let own = if row.scales.is_null() {
-                    1.0
-                } else {
-                    *row.scales.add(block)
-                };
+                let own = row.scale(block);
                 for p in 0..P {
                     let scale = S::splat(own * weight.scale(panel + p, block));
                     for half in 0..2 {
